@@ -1,0 +1,314 @@
+"""Bounded reader of GGUF headers: what a model file says about itself, without its arrays and weights.
+
+The file is hostile until read: every length is checked against the file's size, arrays are skipped, counts are limited, tensors must lie
+inside the file and apart. Time and memory are bounded whatever the file says. Format: GGUF specification, ggml `docs/gguf.md`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from modules.errors import ModelError
+
+Scalar = int | float | bool | str
+
+MAX_KEYS = 65_536
+MAX_TENSORS = 100_000
+MAX_STRINGS = 4_000_000  # in all arrays together; the largest vocabularies with merges have under a million
+MAX_STRING = 4 << 20  # of a value that is kept: chat templates are the longest
+MAX_KEY = 65_535
+_BLOCK = 1 << 20
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+TENSOR_TYPES: dict[int, tuple[int, int]] = {
+    **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36)},
+    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292)},
+    **{16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136)},
+    **{24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17)},
+}
+"""Number of a ggml type → (elements in a block, bytes of a block). A type not listed is newer than this table: its size is not checked."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the weights. `metadata` holds the scalars and texts, not the arrays."""
+
+    path: Path
+    version: int
+    file_size: int
+    n_tensors: int
+    metadata: Mapping[str, Scalar]
+
+    def of_architecture(self, key: str) -> Scalar | None:
+        """The value of `<architecture>.<key>`."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    def _number(self, key: str) -> int:
+        value = self.of_architecture(key)
+        return value if isinstance(value, int) else 0
+
+    def _text(self, key: str) -> str:
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else ""
+
+    @property
+    def architecture(self) -> str:
+        """Such as `llama`."""
+        return self._text("general.architecture")
+
+    @property
+    def name(self) -> str:
+        """The model's own name, or its file's."""
+        return self._text("general.name") or self.path.stem
+
+    @property
+    def context_length(self) -> int:
+        """Context the model was trained for, in tokens; 0 when not said."""
+        return self._number("context_length")
+
+    @property
+    def block_count(self) -> int:
+        """Layers; 0 when not said."""
+        return self._number("block_count")
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source, hostile until proven otherwise."""
+        return self._text("tokenizer.chat_template") or None
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """(number of this part from 0, parts in all); (0, 1) for a model in one file."""
+        number, count = self.metadata.get("split.no", 0), self.metadata.get("split.count", 1)
+        return (int(number), max(int(count), 1)) if isinstance(number, int) and isinstance(count, int) else (0, 1)
+
+
+class _Bad(Exception):
+    """What is wrong with the file, in words that continue "<file> …"."""
+
+
+def read_header(path: Path) -> Header:
+    """The header of a GGUF file. Raises ModelError with what is wrong and what to do about it."""
+    try:
+        with path.open("rb") as file:
+            return _header(path, _Reader(file, path.stat().st_size))
+    except FileNotFoundError:
+        raise ModelError(f"There is no file {path}. Choose a model from the list on the Model tab.") from None
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}. Check the file and its permissions.") from error
+    except _Bad as bad:
+        raise ModelError(f"{path.name} {bad}") from None
+
+
+class _Reader:
+    """Little-endian values from a file through a sliding window. Every read is checked against the file's size first."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.size = size
+        self._file = file
+        self._window = b""
+        self._start = 0  # position of the window in the file
+        self._at = 0  # position in the window
+        self.strings_left = MAX_STRINGS
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    def _need(self, count: int) -> None:
+        if self._at + count <= len(self._window):
+            return
+        position = self.position
+        if position + count > self.size:
+            raise _Bad("is cut short: it ends inside its header. Download or copy it again.")
+        self._file.seek(position)
+        self._window, self._start, self._at = self._file.read(max(count, _BLOCK)), position, 0
+        if len(self._window) < count:
+            raise _Bad("became shorter while it was read. Wait until its download has finished.")
+
+    def take(self, count: int) -> bytes:
+        self._need(count)
+        self._at += count
+        return self._window[self._at - count : self._at]
+
+    def skip(self, count: int) -> None:
+        if self.position + count > self.size:
+            raise _Bad("is cut short or damaged: a length in its header leads behind its end. Download or copy it again.")
+        self._at += count
+
+    def number(self, form: str) -> int | float | bool:
+        value: int | float | bool = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def u32(self) -> int:
+        return int(self.number("<I"))
+
+    def u64(self) -> int:
+        return int(self.number("<Q"))
+
+    def string(self, limit: int, what: str) -> str:
+        length = self.u64()
+        if self.position + length > self.size:
+            raise _Bad(f"is cut short or damaged: {what} is longer than the file. Download or copy it again.")
+        if length > limit:
+            raise _Bad(f"has {what} of {length} bytes, more than the {limit} allowed. Use another file of this model.")
+        return self.take(length).decode("utf-8", "replace")
+
+    def skip_strings(self, count: int) -> None:
+        self.strings_left -= count
+        if count * 8 > self.size - self.position or self.strings_left < 0:
+            raise _Bad("is damaged: a list in its header is longer than the file or has too many texts. Download or copy it again.")
+        unpack = struct.Struct("<Q").unpack_from
+        window, at, last = self._window, self._at, len(self._window) - 8
+        for _ in range(count):  # local names and one comparison: a vocabulary has 100,000 texts
+            if at > last:
+                self._at = at
+                self._need(8)
+                window, at, last = self._window, self._at, len(self._window) - 8
+            at += 8 + unpack(window, at)[0]
+        self._at = at
+        self.skip(0)
+
+
+def _header(path: Path, reader: _Reader) -> Header:
+    if reader.size < 4 or reader.take(4) != b"GGUF":
+        raise _Bad("is not a GGUF file. Choose a file that ends in .gguf, and download it again if it does.")
+    version = reader.u32()
+    if version not in (2, 3):
+        raise _Bad(f"is GGUF of version {version}; versions 2 and 3 can be read. Use a newer conversion of this model.")
+    n_tensors, n_keys = reader.u64(), reader.u64()
+    if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
+        raise _Bad(f"is damaged: it claims {n_tensors} tensors and {n_keys} keys. Download or copy it again.")
+    metadata = _metadata(reader, n_keys)
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise _Bad("does not say its architecture, so nothing can load it. Use another conversion of this model.")
+    _check_tensors(reader, n_tensors, _alignment(metadata))
+    return Header(path, version, reader.size, n_tensors, metadata)
+
+
+def _metadata(reader: _Reader, count: int) -> dict[str, Scalar]:
+    metadata: dict[str, Scalar] = {}
+    seen: set[str] = set()
+    for _ in range(count):
+        key = reader.string(MAX_KEY, "a key")
+        if key in seen:
+            raise _Bad(f"is damaged: it has the key {key[:60]!r} twice. Use another conversion of this model.")
+        seen.add(key)
+        kind = reader.u32()
+        if kind == _ARRAY:
+            _skip_array(reader, key)
+        elif kind == _STRING:
+            metadata[key] = reader.string(MAX_STRING, f"the value of {key[:60]!r}")
+        elif kind in _SCALARS:
+            metadata[key] = reader.number(_SCALARS[kind])
+        else:
+            raise _Bad(f"is damaged: the key {key[:60]!r} has the unknown type {kind}. Download or copy it again.")
+    return metadata
+
+
+def _skip_array(reader: _Reader, key: str) -> None:
+    kind, count = reader.u32(), reader.u64()
+    if kind == _STRING:
+        reader.skip_strings(count)
+    elif kind in _SCALARS:
+        reader.skip(count * struct.calcsize(_SCALARS[kind]))
+    else:
+        raise _Bad(f"is damaged: the list {key[:60]!r} holds the type {kind}, which lists cannot. Download or copy it again.")
+
+
+def _alignment(metadata: Mapping[str, Scalar]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0 or alignment & (alignment - 1):
+        raise _Bad(f"is damaged: its alignment is {alignment!r}, not a power of two. Use another conversion of this model.")
+    return alignment
+
+
+def _check_tensors(reader: _Reader, count: int, alignment: int) -> None:
+    names: set[str] = set()
+    spans: list[tuple[int, int]] = []
+    for _ in range(count):
+        name = reader.string(MAX_KEY, "a tensor's name")
+        if name in names:
+            raise _Bad(f"is damaged: it has the tensor {name[:60]!r} twice. Download or copy it again.")
+        names.add(name)
+        spans.append(_tensor_span(reader, name, alignment))
+    start = -(-reader.position // alignment) * alignment
+    end = 0
+    for offset, size in sorted(spans):
+        if offset < end:
+            raise _Bad("is damaged: its tensors overlap. Download or copy it again.")
+        end = offset + size
+        if start + end > reader.size:
+            raise _Bad(f"is cut short: its weights need {start + end} bytes and it has {reader.size}. Download or copy it again.")
+
+
+def _tensor_span(reader: _Reader, name: str, alignment: int) -> tuple[int, int]:
+    """(offset, bytes) of one tensor from the start of the weights."""
+    n_dimensions = reader.u32()
+    if n_dimensions > 4:
+        raise _Bad(f"is damaged: the tensor {name[:60]!r} has {n_dimensions} dimensions. Download or copy it again.")
+    shape = [reader.u64() for _ in range(n_dimensions)]
+    kind, offset = reader.u32(), reader.u64()
+    block, size = TENSOR_TYPES.get(kind, (1, 0))
+    row = shape[0] if shape else 1
+    if row % block or offset % alignment:
+        raise _Bad(f"is damaged: the tensor {name[:60]!r} has a size or place that its type does not allow. Download or copy it again.")
+    elements = row
+    for length in shape[1:]:
+        elements *= length
+    return offset, elements // block * size
+
+
+_PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
+
+
+def model_file(path: Path) -> Path:
+    """The file to load for `path`: the file itself, or the model in a folder (its first part if split). Raises ModelError."""
+    if not path.is_dir():
+        return path
+    files = sorted(f for f in path.glob("*.gguf") if is_first_part(f) and not f.name.lower().startswith("mmproj"))
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files[:5]) or "none"
+        raise ModelError(f"The folder {path} must hold exactly one GGUF model (found: {found}). Choose the file itself.")
+    return files[0]
+
+
+def is_first_part(path: Path) -> bool:
+    """False for the second and later files of a split model. Judges by the name."""
+    match = _PART.match(path.name)
+    return match is None or int(match["number"]) == 1
+
+
+def check_parts(header: Header) -> None:
+    """Raise ModelError unless `header` is a whole model, or the first part of one whose other parts lie beside it and can be read."""
+    number, count = header.split
+    if count == 1:
+        return
+    match = _PART.match(header.path.name)
+    if number != 0 or match is None:
+        raise ModelError(f"{header.path.name} is a part of a model in {count} files. Choose the first part, and do not rename the parts.")
+    for part in range(2, count + 1):
+        other = header.path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf")
+        if not other.exists():
+            raise ModelError(f"{other.name} is missing: the model has {count} files. Download it into {other.parent}.")
+        read_part(other)
+
+
+def read_part(path: Path) -> None:
+    """Check a later part of a split model, which has a header of its own without an architecture."""
+    try:
+        with path.open("rb") as file:
+            reader = _Reader(file, path.stat().st_size)
+            if reader.size < 24 or reader.take(4) != b"GGUF" or reader.u32() not in (2, 3):
+                raise _Bad("is not a part of a GGUF model. Download it again.")
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}. Check the file and its permissions.") from error
+    except _Bad as bad:
+        raise ModelError(f"{path.name} {bad}") from None

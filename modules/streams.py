@@ -1,0 +1,231 @@
+"""What happens to a reply's text on its way to the reader: thinking is told from the answer, the answer ends at a stop string.
+
+Small state machines over text deltas: `feed` what came, `finish` at the end. Any cutting of a text into pieces gives the same result.
+A piece costs its own length plus at most the longest marker, however long the reply has become.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer or of the thinking; never both."""
+
+    text: str = ""
+    reasoning: str = ""
+
+
+class _Markers:
+    """Finds fixed strings in text that is still growing."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        # Longest first: of two that match at one place the longer wins, and a longer one that may still come is waited for.
+        self._markers = sorted({marker for marker in markers if marker}, key=len, reverse=True)
+        firsts = "".join(sorted({re.escape(marker[0]) for marker in self._markers}))
+        self._starts = re.compile(f"[{firsts}]" if firsts else r"(?!)")
+
+    def at(self, text: str, place: int, more: bool) -> str | None:
+        """The marker at `place`; "" when there is none; None when that is not known yet and `more` text can come."""
+        rest = text[place:] if len(text) - place < len(self._markers[0]) else ""
+        for marker in self._markers:
+            if text.startswith(marker, place):
+                return marker
+            if more and rest and marker.startswith(rest):
+                return None
+        return ""
+
+    def find(self, text: str, more: bool = True) -> tuple[int, str]:
+        """Place of the earliest marker and the marker; (place, "") when nothing is decided from `place` on."""
+        for start in self._starts.finditer(text):
+            marker = self.at(text, start.start(), more)
+            if marker is None:
+                return start.start(), ""
+            if marker:
+                return start.start(), marker
+        return len(text), ""
+
+
+class StopStrings:
+    """Ends a text at the earliest of some strings (the longest of those at one place). The stop itself is not part of the text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._markers = _Markers(stops)
+        self._held = ""
+        self.matched = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came; what is fed afterwards is ignored."""
+        return bool(self.matched)
+
+    def feed(self, text: str) -> str:
+        """What can be shown now. The beginning of a possible stop at the end is withheld."""
+        return self._advance(text, more=True)
+
+    def finish(self) -> str:
+        """What was withheld and turned out to be text."""
+        return self._advance("", more=False)
+
+    def _advance(self, text: str, more: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        place, self.matched = self._markers.find(text, more)
+        self._held = "" if self.matched else text[place:]
+        return text[:place]
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """How a family of models marks its thinking. With `content`, whatever stands between `end` and `content` is a header and is dropped."""
+
+    start: str
+    end: str
+    content: str = ""
+
+
+FORMATS = (
+    ThinkingFormat("<think>", "</think>"),
+    ThinkingFormat("<seed:think>", "</seed:think>"),
+    ThinkingFormat("<|channel|>analysis<|message|>", "<|end|>", "<|channel|>final<|message|>"),
+    ThinkingFormat("<|channel|>commentary<|message|>", "<|end|>", "<|channel|>final<|message|>"),
+    ThinkingFormat("<|channel>thought", "<channel|>"),
+    ThinkingFormat("thought\n", "<channel|>"),
+    ThinkingFormat("<|think|>", "<|end|>", "<|content|>"),
+)
+_BY_START = {row.start: row for row in FORMATS}
+_CONTENT = frozenset(row.content for row in FORMATS if row.content)
+_OPENING = _Markers([*_BY_START, *_CONTENT])
+_MAX_SPACE = 64  # white space held back before a start marker
+_MAX_HEADER = 200  # text held back between thinking and a content marker
+
+
+class ReasoningSplitter:
+    """Tells thinking from answer.
+
+    Thinking opens at the very beginning of a reply (after white space) and nowhere later, so markers quoted in an answer are text; formats
+    with a content marker may open it again before the answer begins. When `prompt` ends with a start marker the reply begins inside
+    thinking (to go on with unfinished thinking, pass the prompt as it was before that thinking). A lone end marker is text: what was
+    shown as answer is not taken back. Line breaks at the beginning of thinking, and of an answer after thinking, are dropped.
+    """
+
+    def __init__(self, prompt: str = "") -> None:
+        tail = prompt[-200:].rstrip()
+        opened = [row for start, row in _BY_START.items() if tail.endswith(start)]
+        self._held = ""
+        self._trim = False
+        self._state = self._begin
+        if opened:
+            self._think(opened[0])
+
+    def feed(self, text: str) -> list[Delta]:
+        """What can be shown now, in order."""
+        return self._run(text, more=True)
+
+    def finish(self) -> list[Delta]:
+        """What was withheld; unfinished thinking stays thinking."""
+        return self._run("", more=False)
+
+    def _run(self, text: str, more: bool) -> list[Delta]:
+        self._held += text
+        deltas: list[Delta] = []
+        state = None
+        # A state that consumes its end hands the rest of the text to the next one.
+        while state is not self._state:
+            state = self._state
+            state(deltas, more)
+        return deltas
+
+    def _think(self, row: ThinkingFormat) -> None:
+        self._row = row
+        self._ends = _Markers([row.end, row.content])
+        self._trim = True
+        self._state = self._thinking
+
+    def _answer(self, trim: bool) -> None:
+        self._trim = trim
+        self._state = self._answering
+
+    def _take(self, length: int) -> str:
+        """The next characters of what is held, without leading line breaks where those are dropped."""
+        piece, self._held = self._held[:length], self._held[length:]
+        if self._trim:
+            piece = piece.lstrip("\r\n")
+            self._trim = not piece
+        return piece
+
+    def _begin(self, deltas: list[Delta], more: bool) -> None:
+        space = len(self._held) - len(self._held.lstrip())
+        marker = _OPENING.at(self._held, space, more) if space <= _MAX_SPACE else ""
+        if marker is None or (more and space == len(self._held) <= _MAX_SPACE):
+            return
+        self._held = self._held[space + len(marker) :] if marker else self._held
+        self._open(marker)
+
+    def _open(self, marker: str) -> None:
+        if marker in _BY_START:
+            self._think(_BY_START[marker])
+        else:
+            self._answer(trim=marker in _CONTENT)
+
+    def _thinking(self, deltas: list[Delta], more: bool) -> None:
+        place, marker = self._ends.find(self._held, more)
+        if piece := self._take(place):
+            deltas.append(Delta(reasoning=piece))
+        if not marker:
+            return
+        self._held = self._held[len(marker) :]
+        if self._row.content and marker == self._row.end:
+            self._state = self._between
+        else:
+            self._answer(trim=True)
+
+    def _between(self, deltas: list[Delta], more: bool) -> None:
+        place, marker = _OPENING.find(self._held, more)
+        if marker and place <= _MAX_HEADER:
+            self._held = self._held[place + len(marker) :]
+            self._open(marker)
+        elif not more and self._held.lstrip().startswith("<|"):
+            self._held = ""  # the reply ended within the header
+        elif not more or place > _MAX_HEADER:
+            self._answer(trim=True)  # no header after all
+
+    def _answering(self, deltas: list[Delta], more: bool) -> None:
+        if piece := self._take(len(self._held)):
+            deltas.append(Delta(text=piece))
+
+
+class ReplyStream:
+    """A reply's raw text to the thinking and the answer that a reader sees. Stop strings act on the answer, not on thinking."""
+
+    def __init__(self, stops: Sequence[str] = (), prompt: str = "") -> None:
+        self._splitter = ReasoningSplitter(prompt)
+        self._stops = StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came: nothing more will be shown and generation can end."""
+        return self._stops.stopped
+
+    @property
+    def matched(self) -> str:
+        """The stop string that came, or ""."""
+        return self._stops.matched
+
+    def feed(self, text: str) -> list[Delta]:
+        """What can be shown now, in order."""
+        return self._shown(self._splitter.feed(text))
+
+    def finish(self) -> list[Delta]:
+        """What was withheld."""
+        deltas = self._shown(self._splitter.finish())
+        rest = self._stops.finish()
+        return [*deltas, Delta(text=rest)] if rest else deltas
+
+    def _shown(self, deltas: list[Delta]) -> list[Delta]:
+        kept = [Delta(text=self._stops.feed(delta.text)) if delta.text else delta for delta in deltas]
+        return [delta for delta in kept if delta.text or delta.reasoning]

@@ -1,0 +1,96 @@
+"""generate_reply: the centre. One request in, Chunks of raw text out, whoever asks; and its split into answer and thinking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from modules.app import App
+from modules.backends.base import Chunk, GenerationRequest
+from modules.log import logger
+from modules.replies import Piece
+from modules.streams import ReplyStream
+
+
+def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
+    """Raw text of one generation. Takes the lock, or a place in the engine's batch.
+
+    Close it on its own thread or set `request.cancel` from any: the place is free within one step. Stop strings are not applied here.
+    Raises NoModel, Busy, PromptTooLong, EngineDied.
+    """
+    with app.models.turn(request.cancel) as backend:
+        if backend is None:
+            yield Chunk(finish_reason="cancelled")
+            return
+        if app.settings.verbose:
+            _log_request(request)
+        began, last = time.monotonic(), Chunk()
+        stream = backend.generate(request)
+        try:
+            for last in _paced(stream, request):
+                yield last
+        finally:
+            _close(stream)
+            _log_result(last, time.monotonic() - began, backend.context_length, request.seed)
+
+
+def split_reply(chunks: Iterator[Chunk], request: GenerationRequest, prompt: str) -> Iterator[Piece]:
+    """Answer and thinking apart, up to the first of `request.stop` in the answer. `prompt`: text that the reply continues."""
+    splitter = ReplyStream(request.stop, prompt)
+    for chunk in chunks:
+        stopped = splitter.stopped  # after a stop string only the counts of what was under way are of interest
+        deltas = [] if stopped else splitter.feed(chunk.text)
+        if splitter.stopped and not stopped:
+            request.cancel.cancel()
+        if chunk.finish_reason:
+            deltas += splitter.finish()
+            chunk = replace(chunk, finish_reason="stop") if splitter.stopped else chunk  # noqa: PLW2901
+        yield Piece("".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), chunk)
+
+
+def encode(app: App, text: str, add_bos: bool = False) -> list[int]:
+    """Token ids of `text` for the model in use. Raises NoModel."""
+    return app.models.backend.encode(text, add_bos)
+
+
+def decode(app: App, tokens: list[int]) -> str:
+    """Text of `tokens` for the model in use. Raises NoModel."""
+    return app.models.backend.decode(tokens)
+
+
+def _close(stream: Iterator[Chunk]) -> None:
+    close = getattr(stream, "close", None)
+    if close:
+        close()
+
+
+def _paced(stream: Iterator[Chunk], request: GenerationRequest) -> Iterator[Chunk]:
+    """No faster than `max_tokens_second`."""
+    limit = request.sampling.max_tokens_second
+    began: float | None = None
+    for chunk in stream:
+        yield chunk
+        if limit and chunk.completion_tokens:
+            began = began or time.monotonic()
+            request.cancel.wait(max(0.0, began + chunk.completion_tokens / limit - time.monotonic()))
+
+
+def _log_request(request: GenerationRequest) -> None:
+    prompt = request.prompt if isinstance(request.prompt, str) else f"{len(request.prompt)} token ids"
+    logger.info("Prompt:\n%s", prompt)
+    logger.info("Parameters: %s, stop %s, seed %d", request.sampling.differences() or "defaults", list(request.stop), request.seed)
+
+
+def _log_result(last: Chunk, seconds: float, context_length: int, seed: int) -> None:
+    speed = (last.completion_tokens - 1) / last.timings.decode_seconds if last.timings and last.timings.decode_seconds else 0.0
+    logger.info(
+        "Output generated in %.2f s (%.2f tokens/s, %d tokens, context %d of %d, seed %d, %s)",
+        seconds,
+        speed,
+        last.completion_tokens,
+        last.prompt_tokens + last.completion_tokens,
+        context_length,
+        seed,
+        last.finish_reason or "cut off",
+    )

@@ -1,0 +1,87 @@
+"""Options -> Gradio controls. A control tells the page's script its own change and nothing else; no value travels through Gradio."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from modules.options import Knob, Options
+
+MAX_STEPS = 200_000  # a slider with more has no usable positions: a number field then
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""For events that a person does not wait for."""
+
+_SPELLING = {word.lower(): word for word in ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "KV", "RoPE", "LoRA", "NUMA", "GBNF", "API"]} | {"ctx": "context", "dynatemp": "dynamic temperature"}
+
+
+def host(kind: str, inner: str = "", **properties: Any) -> gr.HTML:
+    """An empty place that the page's script fills, at each mount: window.tgw.mount(kind, element)."""
+    mount = f"(window.tgwHosts ??= []).push([{json.dumps(kind)}, element]); window.tgw?.mount({json.dumps(kind)}, element);"
+    return gr.HTML(inner, js_on_load=mount, apply_default_css=False, **properties)
+
+
+def label(knob: Knob) -> str:
+    """The knob's name as a heading: abbreviations in their usual spelling, the first letter large."""
+    text = " ".join(_SPELLING.get(word, word) for word in knob.label.split())
+    return text[:1].upper() + text[1:]
+
+
+def groups(options: type[Options]) -> dict[str, list[Knob]]:
+    """The knobs that have an effect in this version, by group, in order of declaration."""
+    found: dict[str, list[Knob]] = {}
+    for knob in options.knobs().values():
+        if not knob.later:
+            found.setdefault(knob.group, []).append(knob)
+    return found
+
+
+def controls(knobs: Iterable[Knob], hook: str, values: Mapping[str, Any] | None = None, extra_class: str = "") -> dict[str, Component]:
+    """A control for each of `knobs`, by name."""
+    return {knob.name: control(knob, hook, (values or {}).get(knob.name, knob.default), extra_class) for knob in knobs}
+
+
+def control(knob: Knob, hook: str, value: Any, extra_class: str = "") -> Component:
+    """The control of `knob`, showing `value`. Its CSS class is knob-<name>.
+
+    At each change by a person it calls the JavaScript `hook(name, value)`; `hook` may be a call that lacks its last two arguments: `f("a", `.
+    """
+    built = _component(knob, shown(value), [f"knob-{knob.name}", *extra_class.split()])
+    opened = hook if "(" in hook else f"{hook}("
+    call = f"(value) => {{ {opened}{json.dumps(knob.name)}, {_READING.get(knob.type, 'value')}); }}"
+    # A text is told when it is complete: half a quoted string is not a valid value.
+    for event in (built.blur, built.submit) if isinstance(built, gr.Textbox) else (built.input,):  # type: ignore[attr-defined]
+        event(None, built, None, js=call, **QUIET)
+    return built
+
+
+def shown(value: Any) -> Any:
+    """`value` as a control shows it: a list is one item a line."""
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+_READING = {list: 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'}
+"""JavaScript from what a control shows to what is posted, by type of knob."""
+
+
+def _component(knob: Knob, value: Any, classes: list[str]) -> Component:
+    lines = 3 if knob.multiline or knob.type is list else 1
+    classes = [*classes, "tgw-wide"] if lines > 1 else classes
+    common: dict[str, Any] = {"label": label(knob), "info": knob.help, "elem_classes": classes, "interactive": True}
+    if knob.choices:
+        return (gr.Radio if len(knob.choices) <= 4 else gr.Dropdown)(list(knob.choices), value=value, **common)
+    if knob.type is bool:
+        return gr.Checkbox(value, **common)
+    if knob.type in (int, float):
+        return _number(knob, value, common)
+    return gr.Textbox(value, lines=lines, max_lines=12 if lines > 1 else 1, **common)
+
+
+def _number(knob: Knob, value: Any, common: dict[str, Any]) -> Component:
+    low, high, step = knob.range or (*knob.bounds, 1 if knob.type is int else 0.01)
+    if knob.range and (knob.range[1] - knob.range[0]) / knob.range[2] <= MAX_STEPS:
+        return gr.Slider(low, high, value, step=step, buttons=[], **common)
+    return gr.Number(value, minimum=low, maximum=high, step=step, precision=0 if knob.type is int else None, **common)

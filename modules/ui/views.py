@@ -1,0 +1,92 @@
+"""What the page is told, as JSON: messages, lists, statuses, and the presenter that turns a reply's deltas into block updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from modules.conversation import Message
+from modules.models import ModelStatus
+from modules.replies import Stats
+from modules.store import ConversationInfo
+from modules.ui.render import BlockRenderer, BlockUpdate, render_blocks, render_plain
+
+
+def message_view(message: Message, versions: Sequence[str] = (), blocks: Callable[[str], list[str]] = render_blocks) -> dict[str, Any]:
+    """MessageView. A user's text is shown as typed, an assistant's as Markdown."""
+    stats = message.details.get("stats")
+    return {
+        "id": message.id,
+        "role": message.role,
+        "blocks": [render_plain(message.text)] if message.role == "user" else blocks(message.text),
+        "reasoning": blocks(message.reasoning),
+        "text": message.text,
+        "state": message.state,
+        "versions": list(versions) or [message.id],
+        "stats": stats_view(Stats(**stats), message.details.get("seed")) if stats else None,
+        "error": message.details.get("error"),
+        "created": message.created,
+        "model": message.details.get("model"),
+        "dropped_messages": message.details.get("dropped_messages", 0),
+    }
+
+
+def stats_view(stats: Stats, seed: int | None = None) -> dict[str, Any]:
+    """Stats, as the page reads them."""
+    return {
+        "tokens": stats.tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "context_used": (stats.prompt_tokens or 0) + stats.tokens,
+        "context_length": stats.context_length,
+        "seconds": stats.seconds,
+        "first_token_seconds": stats.first_token_seconds,
+        "seed": seed,
+        "finish_reason": stats.finish_reason,
+    }
+
+
+def info_view(info: ConversationInfo, running: bool) -> dict[str, Any]:
+    """One line of the conversation list."""
+    return {"id": info.id, "title": info.title, "updated": info.updated, "snippet": [list(piece) for piece in info.snippet], "running": running}
+
+
+def status_view(status: ModelStatus) -> dict[str, Any]:
+    """ModelStatus."""
+    return vars(status) | {"samplers": list(status.samplers)}
+
+
+class BlockPresenter:
+    """Presents one reply as block updates: a finished block is sent once and never again."""
+
+    def __init__(self) -> None:
+        self._text, self._reasoning = BlockRenderer(), BlockRenderer()
+        self._progress: tuple[int, int] = (0, 0)
+
+    def feed(self, text: str, reasoning: str) -> None:
+        """Take deltas."""
+        self._text.feed(text)
+        self._reasoning.feed(reasoning)
+
+    def update(self, stats: Stats, final: bool) -> Mapping[str, Any]:
+        """An "update": blocks that changed, and the counts."""
+        take: Callable[[BlockRenderer], list[BlockUpdate]] = BlockRenderer.finish if final else BlockRenderer.updates
+        return {"blocks": _changes(take(self._text)), "reasoning": _changes(take(self._reasoning)), **self._counts(stats)}
+
+    def snapshot(self, stats: Stats) -> Mapping[str, Any]:
+        """A "snapshot": all blocks so far."""
+        return {"blocks": self._text.blocks(), "reasoning": self._reasoning.blocks(), **self._counts(stats)}
+
+    def end(self, message: Message) -> Mapping[str, Any]:
+        """An "end": the message, with the blocks already rendered."""
+        rendered = {message.text: self._text.blocks(), message.reasoning: self._reasoning.blocks()}
+        return {"message": message_view(message, blocks=lambda text: rendered[text] if text else [])}
+
+    def _counts(self, stats: Stats) -> dict[str, Any]:
+        prefill = [stats.prefill_done, stats.prompt_tokens] if not stats.tokens and stats.prompt_tokens else None
+        return {"stats": stats_view(stats), "prefill": prefill}
+
+
+def _changes(updates: Sequence[BlockUpdate]) -> list[list[Any]]:
+    return [[u.index, u.html, u.closed, u.append] for u in updates]

@@ -1,0 +1,97 @@
+"""A Backend for tests: it says what it is told to say, when it is let."""
+
+import threading
+from collections.abc import Iterator
+
+from modules.backends.base import CancelToken, Chunk, GenerationRequest, Loader, Timings
+from modules.errors import EngineDied
+from modules.options import Options, knob
+from modules.samplers import SamplingParams
+
+WAIT = 20.0
+"""Seconds after which a test that waits has failed."""
+
+
+class FakeBackend:
+    """Says `script`, piece by piece; `gate` holds it back before each piece, `error` is raised after the last one."""
+
+    name, chat_template, bos_token, eos_token = "fake", None, "", ""
+
+    def __init__(self, script=("Hello", " world"), context_length=2048, features=frozenset(), error=None) -> None:
+        self.script, self.context_length, self.features, self.error = list(script), context_length, features, error
+        self.gate = threading.Semaphore(10**6)
+        self.requests: list[GenerationRequest] = []
+        self.unloaded, self.closed, self.at_once, self.most_at_once = False, 0, 0, 0
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, tokens) -> str:
+        return "".join(map(chr, tokens))
+
+    def generate(self, request: GenerationRequest) -> Iterator[Chunk]:
+        self.requests.append(request)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        request.cancel.on_cancel(self.gate.release)
+        prompt, said = len(request.prompt), 0
+        try:
+            for said, text in enumerate(self.script, 1):
+                assert self.gate.acquire(timeout=WAIT), "the test never opened the gate"
+                if self.unloaded:
+                    raise EngineDied("The model was unloaded. Load it and send again.")
+                if request.cancel.cancelled:
+                    yield Chunk(finish_reason="cancelled", prompt_tokens=prompt, completion_tokens=said - 1)
+                    return
+                yield Chunk(text, (said,), prompt_tokens=prompt if said == 1 else 0, completion_tokens=said)
+            if self.error:
+                raise self.error
+            yield Chunk(finish_reason="stop", prompt_tokens=prompt, completion_tokens=said, timings=Timings(decode_seconds=1.0, reused_tokens=3))
+        finally:
+            self.at_once -= 1
+            self.closed += 1
+
+    def alive(self) -> bool:
+        return not self.unloaded
+
+    def memory(self) -> int:
+        return 123
+
+    def unload(self) -> None:
+        self.unloaded = True
+        self.gate.release()
+
+
+class FakeOptions(Options):
+    fake_size: int = knob(1, "Size.", bounds=(0, 10), group="fake")
+
+
+class FakeEngine:
+    """A Loader of `.fake` files and all that it loaded; `hold()` keeps loads waiting until `go` is set or they are cancelled."""
+
+    def __init__(self, make=FakeBackend) -> None:
+        self.make, self.errors, self.loaded, self.progress = make, {}, [], []
+        self.started, self.go = threading.Semaphore(0), threading.Event()
+        self.go.set()
+        self.loader = Loader("fake", FakeOptions, lambda path: path.suffix == ".fake", self._load, frozenset(SamplingParams.model_fields))
+
+    def _load(self, path, options, progress, cancel: CancelToken) -> FakeBackend:
+        progress(0.5, "half")
+        self.started.release()
+        cancel.on_cancel(self.go.set)
+        assert self.go.wait(WAIT), "the test never let the load go on"
+        error = self.errors.get(path.name)
+        if error:
+            raise error
+        self.loaded.append(self.make())
+        return self.loaded[-1]
+
+
+def until(true, seconds: float = WAIT) -> None:
+    """Wait until `true()`; fails after `seconds`."""
+    waited = threading.Event()
+    for _ in range(int(seconds / 0.005)):
+        if true():
+            return
+        waited.wait(0.005)
+    raise AssertionError("the condition never came true")

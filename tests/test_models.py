@@ -1,0 +1,421 @@
+import threading
+import time
+
+import pytest
+
+from modules import loaders, models
+from modules.backends.base import CancelToken, GenerationRequest
+from modules.errors import Busy, EngineDied, ModelError, NameError_, NoModel, NotFound, SettingsError
+from modules.models import ModelSlot, ModelStatus, TurnLock
+from modules.paths import UserData
+from tests.fakes import WAIT, FakeBackend, FakeEngine, FakeOptions, until
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(loaders, "LOADERS", (engine.loader,))
+    return engine
+
+
+@pytest.fixture
+def slot(engine, tmp_path):
+    data = UserData(tmp_path)
+    data.create()
+    for name in ("a.fake", "b.fake", "c.fake"):
+        (data.models / name).touch()
+    slot = ModelSlot(data, {FakeOptions: FakeOptions(fake_size=5)})
+    yield slot
+    engine.go.set()
+    slot.close()
+
+
+def run(function, *args):
+    """Start `function` on a thread; the returned function joins it and gives its result or the error it raised."""
+    results = []
+
+    def body():
+        try:
+            results.append(function(*args))
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+
+    def join():
+        thread.join(WAIT)
+        assert results, "the thread never ended"
+        return results[0]
+
+    return join
+
+
+def hold(engine, slot, name):
+    """A load of `name` under way that does not go on before `engine.go` is set."""
+    while engine.started.acquire(blocking=False):
+        pass
+    engine.go.clear()
+    join = run(slot.load, slot.choose(name))
+    assert engine.started.acquire(timeout=WAIT)
+    return join
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_choose_finds_loader_and_options(slot):
+    choice = slot.choose("a.fake")
+    assert (choice.name, choice.loader.name, choice.options) == ("a.fake", "fake", FakeOptions(fake_size=5))
+    assert slot.choose("a.fake", "FAKE", {"fake_size": 7}).options == FakeOptions(fake_size=7)
+    assert slot.names() == ["a.fake", "b.fake", "c.fake"]
+
+
+def test_a_wrong_choice_is_told(slot, tmp_path):
+    (slot._data.models / "x.txt").touch()
+    for arguments, error in [
+        (("none.fake",), NotFound),
+        (("../a.fake",), NameError_),
+        ((str(slot._data.models / "a.fake"),), NameError_),
+        (("x.txt",), ModelError),
+        (("a.fake", "exllama"), ModelError),
+        (("a.fake", "", {"fake_size": 99}), SettingsError),
+        (("a.fake", "", {"trust_remote_code": True}), SettingsError),
+    ]:
+        with pytest.raises(error):
+            slot.choose(*arguments)
+    assert slot.status() == ModelStatus()
+
+
+def test_only_the_command_line_may_name_a_path_elsewhere(slot, tmp_path):
+    (tmp_path / "elsewhere.fake").touch()
+    choice = slot.choose(str(tmp_path / "elsewhere.fake"), anywhere=True)
+    assert (choice.name, choice.path) == ("elsewhere.fake", tmp_path / "elsewhere.fake")
+    assert slot.choose("a.fake", anywhere=True).path == slot._data.models / "a.fake"
+
+
+# --- loading and unloading ----------------------------------------------------------------------------------------------------------
+
+
+def test_load_use_unload_and_what_listeners_see(slot, engine):
+    seen = []
+    slot.listen(lambda: seen.append((slot._status.state, slot._status.name, slot._status.progress)))
+    with pytest.raises(NoModel, match="Choose one on the Model tab"):
+        _ = slot.backend
+    slot.load(slot.choose("a.fake"))
+    status = slot.status()
+    assert (status.state, status.name, status.loader, status.context_length, status.memory) == ("ready", "a.fake", "fake", 2048, 123)
+    assert "temperature" in status.samplers and status.samplers == tuple(sorted(status.samplers))
+    assert slot.backend is engine.loaded[0]
+    slot.unload()
+    assert engine.loaded[0].unloaded and slot.status() == ModelStatus()
+    slot.unload()
+    assert seen == [("loading", "a.fake", 0.0), ("loading", "a.fake", 0.5), ("ready", "a.fake", 1.0), ("none", None, 0.0), ("none", None, 0.0)]
+
+
+def test_the_former_model_is_freed_before_the_next_is_loaded(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    join = hold(engine, slot, "b.fake")
+    assert engine.loaded[0].unloaded
+    with pytest.raises(NoModel, match="still loading"):
+        _ = slot.backend
+    engine.go.set()
+    assert join() is None
+    assert slot.status().name == "b.fake" and slot.backend is engine.loaded[1]
+
+
+def test_two_loads_at_once_are_refused(slot, engine):
+    join = hold(engine, slot, "a.fake")
+    for start in (slot.load, slot.start_loading):
+        with pytest.raises(Busy) as busy:
+            start(slot.choose("b.fake"))
+        assert busy.value.retry_after > 0
+    assert slot.status().name == "a.fake"
+    engine.go.set()
+    join()
+    assert slot.status().state == "ready"
+
+
+def test_a_failed_load_brings_the_former_model_back(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    engine.errors["b.fake"] = ModelError("The file is cut off. Fetch it again.")
+    with pytest.raises(ModelError, match="cut off"):
+        slot.load(slot.choose("b.fake"))
+    status = slot.status()
+    assert (status.state, status.name) == ("ready", "a.fake")
+    assert status.text == "The file is cut off. Fetch it again. a.fake is in use again."
+    assert slot.backend is engine.loaded[1] and not engine.loaded[1].unloaded
+
+
+def test_a_failed_load_without_a_former_model(slot, engine):
+    engine.errors["b.fake"] = ModelError("The file is cut off. Fetch it again.")
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("b.fake"))
+    status = slot.status()
+    assert (status.state, status.name, status.text) == ("failed", "b.fake", "The file is cut off. Fetch it again.")
+    with pytest.raises(NoModel, match="No model is loaded"):
+        _ = slot.backend
+    slot.load(slot.choose("a.fake"))
+    assert slot.status().state == "ready"
+
+
+@pytest.mark.parametrize("error", [ModelError("Gone too."), Busy("No place."), SettingsError("Wrong.")])
+def test_when_the_former_model_fails_too_the_first_error_is_told(error, slot, engine):
+    slot.load(slot.choose("a.fake"))
+    engine.errors |= {"b.fake": ModelError("The file is cut off."), "a.fake": error}
+    with pytest.raises(ModelError, match="cut off"):
+        slot.load(slot.choose("b.fake"))
+    assert (slot.status().state, slot.status().name, slot.status().text) == ("failed", "b.fake", "The file is cut off.")
+
+
+def test_an_error_that_nobody_foresaw_does_not_stay_loading(slot, engine, caplog, monkeypatch):
+    monkeypatch.setattr(models.logger, "propagate", True)
+    engine.errors["a.fake"] = ZeroDivisionError("secret path")
+    slot.start_loading(slot.choose("a.fake"))
+    until(lambda: slot.status().state == "failed")
+    assert slot.status().text == "Loading failed: ZeroDivisionError. The terminal has the details."
+    until(lambda: "Loading a.fake failed" in caplog.text)
+    engine.errors["b.fake"] = ModelError("Told on the terminal.")
+    slot.start_loading(slot.choose("b.fake"))
+    until(lambda: "Told on the terminal." in caplog.text)
+    slot.load(slot.choose("c.fake"))
+    assert slot.status().state == "ready"
+
+
+def test_cancelling_a_load_brings_the_former_model_back(slot, engine):
+    """The fake notices nothing and loads to the end, as a cancel that comes too late."""
+    slot.load(slot.choose("a.fake"))
+    join = hold(engine, slot, "b.fake")
+    slot.cancel_loading()
+    assert isinstance(join(), ModelError)
+    assert engine.loaded[1].unloaded
+    assert (slot.status().state, slot.status().name) == ("ready", "a.fake")
+    assert slot.status().text == "Loading was cancelled. a.fake is in use again."
+
+
+def test_cancelling_the_first_load_leaves_no_model(slot, engine):
+    engine.errors["a.fake"] = ModelError("Cancelled.")
+    join = hold(engine, slot, "a.fake")
+    slot.cancel_loading()
+    assert isinstance(join(), ModelError)
+    assert slot.status() == ModelStatus(text="Loading was cancelled.")
+    slot.cancel_loading()
+
+
+def test_unloading_during_a_load_leaves_no_model_not_even_the_former(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    join = hold(engine, slot, "b.fake")
+    slot.unload()
+    assert isinstance(join(), ModelError)
+    assert slot.status().state == "none" and all(backend.unloaded for backend in engine.loaded)
+    with pytest.raises(NoModel, match="No model is loaded"):
+        _ = slot.backend
+
+
+def test_closing_during_a_load(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    join = hold(engine, slot, "b.fake")
+    slot.close()
+    join()
+    assert all(backend.unloaded for backend in engine.loaded) and slot.status().state == "none"
+
+
+def test_progress_that_comes_after_the_load_changes_nothing(slot, engine):
+    late = []
+    make = engine.loader.load
+
+    def load(path, options, progress, cancel):
+        late.append(progress)
+        progress(7, "too much")
+        assert slot.status().progress == 1.0
+        return make(path, options, progress, cancel)
+
+    choice = slot.choose("a.fake")
+    object.__setattr__(engine.loader, "load", load)
+    slot.load(choice)
+    late[0](0.9, "late")
+    assert slot.status().state == "ready"
+
+
+# --- generating ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_unloading_ends_a_running_generation_with_an_error(slot, engine):
+    engine.make = lambda: FakeBackend(["a", "b", "c"])
+    slot.load(slot.choose("a.fake"))
+    backend = engine.loaded[0]
+    backend.gate = threading.Semaphore(1)
+    pieces = []
+
+    def generate():
+        with slot.turn(CancelToken()) as model:
+            for chunk in model.generate(GenerationRequest("x")):
+                pieces.append(chunk.text)
+
+    join = run(generate)
+    until(lambda: pieces)
+    slot.unload()
+    assert isinstance(join(), EngineDied) and pieces == ["a"]
+    with pytest.raises(NoModel), slot.turn(CancelToken()):
+        pass
+
+
+def test_a_parallel_engine_is_not_locked(slot, engine):
+    engine.make = lambda: FakeBackend(features=frozenset({"parallel"}))
+    slot.load(slot.choose("a.fake"))
+    with slot.turn(CancelToken()) as first, slot.turn(CancelToken()) as second:
+        assert first is second is engine.loaded[0]
+
+
+def test_one_at_a_time_otherwise(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    cancel = CancelToken()
+    with slot.turn(CancelToken()) as first:
+        assert first is engine.loaded[0]
+
+        def wait():
+            with slot.turn(cancel) as second:
+                return second
+
+        join = run(wait)
+        until(lambda: len(slot._loaded.turns._queue) == 2)
+        cancel.cancel()
+        assert join() is None
+    assert slot._loaded.users == 0
+
+
+def waiting(lock, order, name, cancel=None):
+    def body():
+        with lock.turn(cancel or CancelToken()) as held:
+            order.append((name, held))
+
+    before = len(lock._queue)
+    join = run(body)
+    until(lambda: len(lock._queue) > before)
+    return join
+
+
+def test_turns_are_first_come_first_served():
+    lock, order = TurnLock(), []
+    with lock.turn(CancelToken()) as held:
+        assert held
+        joins = [waiting(lock, order, n) for n in range(8)]
+        assert order == []
+    for join in joins:
+        join()
+    assert order == [(n, True) for n in range(8)]
+    assert not lock._queue
+
+
+def test_a_cancelled_waiter_leaves_the_others_in_order():
+    lock, order, cancel = TurnLock(), [], CancelToken()
+    with lock.turn(CancelToken()):
+        first = waiting(lock, order, 1, cancel)
+        second = waiting(lock, order, 2)
+        cancel.cancel()
+        first()
+        assert order == [(1, False)]
+    second()
+    assert order == [(1, False), (2, True)]
+
+
+def test_already_cancelled_never_holds():
+    cancel = CancelToken()
+    cancel.cancel()
+    with TurnLock().turn(cancel) as held:
+        assert not held
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back():
+    lock, order = TurnLock(max_waiting=2), []
+    with lock.turn(CancelToken()):
+        joins = [waiting(lock, order, n) for n in range(2)]
+        with pytest.raises(Busy) as busy, lock.turn(CancelToken()):
+            pass
+        assert busy.value.retry_after > 0
+    for join in joins:
+        join()
+    with lock.turn(CancelToken()) as held:
+        assert held
+
+
+def test_an_error_inside_gives_the_lock_back():
+    lock = TurnLock()
+    with pytest.raises(ZeroDivisionError), lock.turn(CancelToken()):
+        raise ZeroDivisionError
+    with lock.turn(CancelToken()) as held:
+        assert held
+
+
+# --- idle ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle(slot, monkeypatch):
+    """A slot that unloads after a minute, its loaded model, and a way to let time pass."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(models.time, "monotonic", lambda: now[0])
+    slot._idle_seconds = 60
+    slot.load(slot.choose("a.fake"))
+    slot._loaded.last_use = now[0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    return sleep
+
+
+def test_an_unused_model_is_unloaded_and_the_next_use_loads_it_again(slot, engine, idle):
+    idle(59)
+    slot.unload_if_idle()
+    assert slot.status().state == "ready"
+    idle(1)
+    slot.unload_if_idle()
+    slot.unload_if_idle()
+    assert (slot.status().state, slot.status().name) == ("none", "a.fake") and "next message" in slot.status().text
+    assert engine.loaded[0].unloaded
+    with slot.turn(CancelToken()) as backend:
+        assert backend is engine.loaded[1]
+    assert slot.status().state == "ready"
+
+
+def test_a_model_in_use_is_not_idle(slot, engine, idle):
+    with slot.turn(CancelToken()):
+        idle(1000)
+        slot.unload_if_idle()
+        assert slot.status().state == "ready"
+    slot.unload_if_idle()  # its end counts as a use
+    assert slot.status().state == "ready"
+    idle(60)
+    slot.unload_if_idle()
+    assert slot.status().state == "none"
+
+
+def test_the_users_own_unload_is_not_undone_by_a_message(slot, engine, idle):
+    idle(60)
+    slot.unload_if_idle()
+    slot.unload()
+    with pytest.raises(NoModel):
+        _ = slot.backend
+
+
+def test_a_model_that_is_gone_after_idling_is_told(slot, engine, idle):
+    idle(60)
+    slot.unload_if_idle()
+    engine.errors["a.fake"] = ModelError("The file is gone.")
+    with pytest.raises(ModelError, match="gone"):
+        _ = slot.backend
+    assert slot.status().state == "failed"
+
+
+def test_the_watcher_unloads_by_itself(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "IDLE_CHECK_SECONDS", 0.01)
+    data = UserData(tmp_path)
+    data.create()
+    (data.models / "a.fake").touch()
+    slot = ModelSlot(data, {}, idle_minutes=1)
+    slot._idle_seconds = 0
+    slot.load(slot.choose("a.fake"))
+    until(lambda: engine.loaded[0].unloaded)
+    slot.close()
+    until(lambda: not any(t.name == "idle-unload" and t.is_alive() for t in threading.enumerate()))
