@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from modules.backends.base import CancelToken, GenerationRequest
-from modules.backends.llama_cpp.threads import default_threads
+from modules.backends.llama_cpp.threads import writing_threads
 from modules.samplers import NEUTRAL
 
 PROMPT = "Once upon a time there was a fox who lived at the edge of a large forest. One day the fox"
@@ -48,7 +48,8 @@ def bare(model: Path, tokens: int, threads: int, sampler: str) -> None:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(SEED) if sampler == "top_p" else lib.llama_sampler_init_greedy())
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         lib.llama_decode(context, lib.llama_batch_get_one(prompt, length))
-        one, times = (ctypes.c_int32 * 1)(), []
+        one = (ctypes.c_int32 * 1)()
+        times: list[float] = []
         while len(times) < tokens:
             one[0] = lib.llama_sampler_sample(chain, context, -1)
             times.append(time.perf_counter())
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--sampler", choices=("greedy", "top_p"), default="greedy")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    threads = args.threads or default_threads()
+    threads = args.threads or writing_threads()
     if args.bare:
         bare(args.model, args.tokens, threads, args.sampler)
         return
@@ -97,13 +98,16 @@ def main() -> None:
         if run:
             speeds["bare"].append(float(speed))
             speeds["ours"].append(mine[1])
-        print(f"{'run ' + str(run) if run else 'warm-up'}: bare {float(speed):6.1f} tok/s ({count} tokens), ours {mine[1]:6.1f} tok/s ({mine[0]} tokens)")
+        name = f"run {run}" if run else "warm-up"
+        print(f"{name}: bare {float(speed):6.1f} tok/s ({count} tokens), ours {mine[1]:6.1f} tok/s ({mine[0]} tokens)", flush=True)
     reference.stdin.close()
     reference.wait()
     backend.unload()
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ratio = medians["ours"] / medians["bare"]
-    print(f"medians: bare {medians['bare']:.1f}, ours {medians['ours']:.1f} tok/s, {threads} threads, {args.sampler}; ratio {ratio:.3f} (wanted: 0.95)")
+    print(
+        f"medians: bare {medians['bare']:.1f}, ours {medians['ours']:.1f} tok/s, {threads} threads, {args.sampler}; ratio {ratio:.3f} (wanted: 0.95)"
+    )
     sys.exit(ratio < 0.95)
 
 

@@ -39,7 +39,7 @@ def reply(app: App, who: Identity, conversation: str | None, text: str) -> Turn:
         raise PromptError("The message is empty. Type something first.")
     if len(text) > MAX_MESSAGE_CHARACTERS:
         raise PromptTooLong(f"The message has {len(text):,} characters; at most {MAX_MESSAGE_CHARACTERS:,} are taken. Shorten it.")
-    with app.replies.starting(conversation or f"new-{secrets.token_hex(8)}"):
+    with app.replies.starting(who.owner, conversation or f"new-{secrets.token_hex(8)}"):
         current = app.store.conversation(who.owner, conversation) if conversation else Conversation("", who.owner)
         grown, user = current.add("user", text)
         return _answer(app, who, grown, (user,))
@@ -47,7 +47,7 @@ def reply(app: App, who: Identity, conversation: str | None, text: str) -> Turn:
 
 def regenerate(app: App, who: Identity, conversation: str, message: str) -> Turn:
     """Start another version of an assistant's message."""
-    with app.replies.starting(conversation):
+    with app.replies.starting(who.owner, conversation):
         current = app.store.conversation(who.owner, conversation)
         old = _assistant(current, message)
         return _answer(app, who, replace(current, tip=old.parent), ())
@@ -55,7 +55,7 @@ def regenerate(app: App, who: Identity, conversation: str, message: str) -> Turn
 
 def continue_reply(app: App, who: Identity, conversation: str, message: str) -> Turn:
     """Let an assistant's message go on from where it ends; the message stays the same one."""
-    with app.replies.starting(conversation):
+    with app.replies.starting(who.owner, conversation):
         current = app.store.conversation(who.owner, conversation)
         old = _assistant(current, message)
         if old.reasoning and not old.text:
@@ -71,7 +71,7 @@ def edit(app: App, who: Identity, conversation: str, message: str, text: str) ->
     """Add another version of a message with `text`; a user's message is then answered again."""
     if not text.strip():
         raise PromptError("The message is empty. Type something first.")
-    with app.replies.starting(conversation):
+    with app.replies.starting(who.owner, conversation):
         current = app.store.conversation(who.owner, conversation)
         grown, edited = current.add_sibling(message, text)
         if edited.role == "user":
@@ -83,7 +83,7 @@ def edit(app: App, who: Identity, conversation: str, message: str, text: str) ->
 
 def select(app: App, who: Identity, conversation: str, message: str) -> None:
     """Show the branch of another version."""
-    with app.replies.starting(conversation):
+    with app.replies.starting(who.owner, conversation):
         app.store.show(who.owner, conversation, message)
     app.replies.tell(who.owner, "changed", {"conversation": conversation})
 
@@ -126,7 +126,7 @@ def _answer(app: App, who: Identity, conversation: Conversation, new: tuple[Mess
 def _prepare(app: App, session: Session, path: Sequence[Message], open_end: bool) -> tuple[GenerationRequest, Fitted]:
     """The request for what follows `path`. `open_end`: the last message is the assistant's and goes on."""
     backend, sampling = app.models.backend, session.sampling
-    template = ChatTemplate(backend.chat_template or FALLBACK, backend.bos_token, backend.eos_token)
+    template = ChatTemplate(backend.chat_template, backend.bos_token, backend.eos_token) if backend.chat_template else FALLBACK
     fitted = fit(_renderer(template, session, open_end), _messages(session, path), _budget(backend, sampling), backend.encode)
     request = GenerationRequest(
         fitted.tokens,
@@ -174,7 +174,7 @@ def _details(app: App, request: GenerationRequest, prompt: Fitted) -> dict[str, 
 
 def _start(app: App, who: Identity, conversation: Conversation, messages: tuple[Message, ...], request: GenerationRequest, prompt: Fitted) -> Turn:
     answer = messages[-1]
-    running = Reply(who.owner, conversation.id, answer, app.models.backend.context_length, app.present(), request.cancel)
+    running = Reply(who.owner, conversation.id, answer, app.models.status().context_length, app.present(), request.cancel)
 
     def pieces() -> Iterable[Piece]:
         return split_reply(generate_reply(app, request), request, prompt.prompt)

@@ -13,6 +13,7 @@ UserError                  anything whose message may be shown as it is, in the 
 ├── PromptError            a prompt or message that cannot be used
 │   ├── PromptTooLong      does not fit the context even alone
 │   └── TemplateError      a chat template that is wrong, hostile or too slow
+├── StaleRevision          the page's parameters are not the ones the server has (ui/routes.py)
 └── AccessDenied           not the owner, or asked by a foreign page
     └── NotLoggedIn        no valid login (auth.py)
 

@@ -19,10 +19,10 @@ def configure(root: Path, argv: Sequence[str]) -> Configuration:
     top = _texts(root / "CMD_FLAGS.txt")
     groups = app.option_groups()
     first = settings.load(argv, top, (), groups).settings  # where the user's own files are is itself a setting
-    user = user_data(root, first).root
-    flags = (*top, *_texts(user / "CMD_FLAGS.txt"))
-    chosen = Path(first.settings).expanduser() if first.settings else user / "settings.yaml"
-    if first.settings and not chosen.is_file():
+    flags = (*top, *_texts(user_data(root, first).flags))
+    named = settings.load(argv, flags, (), groups).settings
+    chosen = user_data(root, named).settings
+    if named.settings and not chosen.is_file():
         raise SettingsError(f"There is no settings file {chosen}. Correct --settings.")
     return settings.load(argv, flags, (*_texts(root / "settings.yaml"), *_texts(chosen)), groups)
 
@@ -78,7 +78,10 @@ def _menu(names: Sequence[str], ask: Callable[[str], str]) -> str:
     for number, name in enumerate(names, 1):
         print(f"{number:4} {name}")
     while True:
-        answer = ask("Which model? Number (Enter: none): ").strip()
+        try:
+            answer = ask("Which model? Number (Enter: none): ").strip()
+        except EOFError:  # no terminal to ask on
+            return ""
         if not answer:
             return ""
         if answer.isascii() and answer.isdigit() and 1 <= int(answer) <= len(names):

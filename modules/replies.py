@@ -134,7 +134,9 @@ class Presenter(Protocol):
 class Reply:
     """One reply being written into `message` (state "running"; its text and reasoning so far are what it goes on from)."""
 
-    def __init__(self, owner: str, conversation: str, message: Message, context_length: int, presenter: Presenter, cancel: CancelToken) -> None:
+    def __init__(
+        self, owner: str, conversation: str, message: Message, context_length: int | None, presenter: Presenter, cancel: CancelToken
+    ) -> None:
         self.owner = owner
         self.conversation = conversation
         self.cancel = cancel
@@ -204,7 +206,7 @@ class Reply:
         try:
             self._publish(save, wake)
             self._finish(save, wake, closing)
-        except Exception:  # a thread's top: the chat must be free again
+        except Exception:  # noqa: BLE001  a thread's top: the chat must be free again
             logger.exception("Showing the reply failed")
             self._give_up(save)
         finally:
@@ -314,23 +316,25 @@ class Replies:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._replies: OrderedDict[str, Reply] = OrderedDict()
-        self._busy: set[str] = set()
+        self._busy: set[tuple[str, str]] = set()
         self._news: OrderedDict[str, Ring] = OrderedDict()
         self._wakes: dict[str, set[Callable[[], None]]] = {}
         self._closing = threading.Event()
 
     @contextmanager
-    def starting(self, conversation: str) -> Iterator[None]:
-        """Hold a conversation while a turn is prepared. Raises Busy when another is being prepared or written there."""
+    def starting(self, owner: str, conversation: str) -> Iterator[None]:
+        """Hold a conversation while a turn is prepared. Raises Busy when `owner` has another prepared or written there."""
+        key = owner, conversation
         with self._lock:
-            if conversation in self._busy or self.running(conversation):
+            running = self.running(conversation)
+            if key in self._busy or (running and running.owner == owner):
                 raise Busy("A reply is being written in this chat. Wait for its end, or stop it, then send again.")
-            self._busy.add(conversation)
+            self._busy.add(key)
         try:
             yield
         finally:
             with self._lock:
-                self._busy.discard(conversation)
+                self._busy.discard(key)
 
     def start(self, reply: Reply, pieces: Callable[[], Iterable[Piece]], save: Callable[[Message], None]) -> None:
         """Run `reply` to its end on threads of its own. Returns at once."""

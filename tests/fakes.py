@@ -1,12 +1,17 @@
-"""A Backend for tests: it says what it is told to say, when it is let."""
+"""Fakes for tests: an engine that says what it is told to say, when it is let, and an App around it."""
 
 import threading
 from collections.abc import Iterator
 
+from modules import loaders
+from modules.app import App, build, option_groups
 from modules.backends.base import CancelToken, Chunk, GenerationRequest, Loader, Timings
 from modules.errors import EngineDied
 from modules.options import Options, knob
+from modules.paths import UserData
 from modules.samplers import SamplingParams
+from modules.settings import load
+from modules.store import Store
 
 WAIT = 20.0
 """Seconds after which a test that waits has failed."""
@@ -87,6 +92,29 @@ class FakeEngine:
         return self.loaded[-1]
 
 
+class PlainPresenter:
+    """Tells the deltas as they are, so that a listener can put the text together again; `update` fails once the text has `fail_in`."""
+
+    def __init__(self):
+        self.text, self.new, self.reasoning = "", "", ""
+        self.fail_in = ""
+
+    def feed(self, text, reasoning):
+        self.text, self.new, self.reasoning = self.text + text, self.new + text, self.reasoning + reasoning
+
+    def update(self, stats, final):
+        if self.fail_in and self.fail_in in self.text:
+            raise RecursionError("too deep")
+        new, self.new = self.new, ""
+        return {"new": new, "tokens": stats.tokens, "final": final}
+
+    def snapshot(self, stats):
+        return {"text": self.text}
+
+    def end(self, message):
+        return {"text": message.text, "state": message.state, "error": message.details.get("error")}
+
+
 def until(true, seconds: float = WAIT) -> None:
     """Wait until `true()`; fails after `seconds`."""
     waited = threading.Event()
@@ -95,3 +123,16 @@ def until(true, seconds: float = WAIT) -> None:
             return
         waited.wait(0.005)
     raise AssertionError("the condition never came true")
+
+
+def make_app(folder, monkeypatch, *flags: str, model: bool = True) -> App:
+    """An App in `folder` with a fake engine, `model` loaded; its store is a real one."""
+    engine = FakeEngine()
+    monkeypatch.setattr(loaders, "LOADERS", (engine.loader,))
+    data = UserData(folder)
+    data.create()
+    (data.models / "model.fake").touch()
+    app = build(load(flags, (), (), option_groups()), data, Store.open(data.database), PlainPresenter)
+    if model:
+        app.models.load(app.models.choose("model.fake"))
+    return app

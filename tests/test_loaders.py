@@ -43,8 +43,8 @@ def test_detect(tmp_path):
 
 def test_the_list_of_models(tmp_path):
     for name in [
-        "m10.gguf", "m9.gguf", "B.gguf", "a.gguf", "folder/deep/x.gguf", "big-00001-of-00003.gguf", "big-00002-of-00003.gguf", "big-00003-of-00003.gguf",
-        "mmproj-model.gguf", ".hidden.gguf", "notes.txt", "1²2.gguf", "x.gguf.part",
+        "m10.gguf", "m9.gguf", "B.gguf", "a.gguf", "folder/deep/x.gguf", "big-00001-of-00003.gguf", "big-00002-of-00003.gguf",
+        "big-00003-of-00003.gguf", "mmproj-model.gguf", ".hidden.gguf", "notes.txt", "1²2.gguf", "x.gguf.part",
     ]:  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"GGUF\3\0\0\0" + bytes(16))

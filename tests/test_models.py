@@ -37,7 +37,7 @@ def run(function, *args):
     def body():
         try:
             results.append(function(*args))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  handed to the test
             results.append(error)
 
     thread = threading.Thread(target=body, daemon=True)

@@ -152,5 +152,5 @@ def test_the_table_of_the_documentation():
     assert "| `steel`, `glass` |" in lines[6]
     assert "[not in this version yet]" in lines[7]
     assert "| `tale` | see below |" in lines[10]
-    assert lines[-1].startswith("Default of `tale`: `\"once once")
+    assert lines[-1].startswith('Default of `tale`: `"once once')
     assert sum(line.startswith("|") for line in lines) == 2 + len(Kettle.model_fields)

@@ -150,7 +150,9 @@ def test_a_malformed_flags_file_names_itself_and_the_fix(text, message):
 def test_an_unknown_key_is_warned_about_and_kept():
     found = load((), (), [Text("settings.yaml", "temprature: 1\nmode: instruct\ntop_k: 3")], GROUPS)
     assert found.unknown == (("temprature", 1), ("mode", "instruct"))
-    assert found.warnings[0] == "settings.yaml: 'temprature' is not a setting of this version; it is kept but has no effect. Did you mean 'temperature'?"
+    assert (
+        found.warnings[0] == "settings.yaml: 'temprature' is not a setting of this version; it is kept but has no effect. Did you mean 'temperature'?"
+    )
     assert len(found.warnings) == 2
     kept = parse_yaml(Text("x", saved({"top_k": 4}, found.unknown)))
     assert kept == {"top_k": 4, "temprature": 1, "mode": "instruct"}

@@ -15,7 +15,10 @@ MAX_STEPS = 200_000  # a slider with more has no usable positions: a number fiel
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """For events that a person does not wait for."""
 
-_SPELLING = {word.lower(): word for word in ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "KV", "RoPE", "LoRA", "NUMA", "GBNF", "API"]} | {"ctx": "context", "dynatemp": "dynamic temperature"}
+_SPELLING = {word.lower(): word for word in ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "KV", "RoPE", "LoRA", "NUMA", "GBNF", "API"]} | {
+    "ctx": "context",
+    "dynatemp": "dynamic temperature",
+}
 
 
 def host(kind: str, inner: str = "", **properties: Any) -> gr.HTML:

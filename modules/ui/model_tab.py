@@ -8,9 +8,9 @@ import re
 import gradio as gr
 from gradio.components import Component
 
+from modules import loaders
 from modules.app import App
 from modules.backends.base import Loader
-from modules.loaders import LOADERS
 from modules.ui.controls import QUIET, controls, groups, host
 
 AUTOMATIC = "Automatic"
@@ -24,9 +24,16 @@ def build(app: App, tab: gr.Tab) -> dict[str, Component]:
     with gr.Column(elem_classes="tgw-page"):
         host("status", elem_id="tgw-status")
         with gr.Row(elem_classes="tgw-choose"):
-            model = gr.Dropdown([], label="Model", info=f"Files in {app.data.models}", interactive=True, scale=4, elem_classes="tgw-models")
+            model = gr.Dropdown(
+                [],
+                label="Model",
+                info=f"Put .gguf files into {app.data.models} and press Refresh.",
+                interactive=True,
+                scale=4,
+                elem_classes="tgw-models",
+            )
             loader = gr.Dropdown(
-                [(AUTOMATIC, ""), *((each.name, each.name) for each in LOADERS)],
+                [(AUTOMATIC, ""), *((each.name, each.name) for each in loaders.LOADERS)],
                 value=app.settings.loader,
                 label="Loader",
                 info="Automatic: found from the file",
@@ -35,7 +42,7 @@ def build(app: App, tab: gr.Tab) -> dict[str, Component]:
             )
         _buttons(model, loader)
         tab.select(None, None, model, js=_READ_FIRST, **QUIET)
-        for each in LOADERS:
+        for each in loaders.LOADERS:
             _options(app, each)
     return {}
 
@@ -45,7 +52,7 @@ def _buttons(model: gr.Dropdown, loader: gr.Dropdown) -> None:
         load = gr.Button("Load", variant="primary", size="md", elem_classes="tgw-when-idle")
         cancel = gr.Button("Cancel", variant="stop", size="md", elem_classes="tgw-when-loading")
         unload = gr.Button("Unload", size="md", elem_classes="tgw-when-idle tgw-when-ready")
-        refresh = gr.Button("Refresh the list", size="md")
+        refresh = gr.Button("Refresh", size="md")
     load.click(None, [model, loader], None, js="(model, loader) => { window.tgw.loadModel(model, loader); }", **QUIET)
     cancel.click(None, None, None, js="() => { window.tgw.cancelLoad(); }", **QUIET)
     unload.click(None, None, None, js="() => { window.tgw.unloadModel(); }", **QUIET)

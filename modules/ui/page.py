@@ -1,7 +1,7 @@
 """The page: header, one tab a row of TABS, appearance. Building it needs no model and starts nothing.
 
     page = build_page(app, session_values)
-    gr.mount_gradio_app(server, page, path="/", **appearance(), ssr_mode=False, run_history=False, footer_links=[], …)
+    gr.mount_gradio_app(server, page, path="/", **appearance(), ssr_mode=False, run_history=False, …)
 
 The server serves the files of ASSETS as `assets/<name>`, before Gradio's own `assets/`.
 """
@@ -11,18 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
-from modules.ui import chat_tab, model_tab, parameters_tab
+from modules.ui import ASSETS, chat_tab, model_tab, parameters_tab
 from modules.ui.controls import host, shown
 
 TITLE = "Text Generation Web UI"
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,11 @@ def build_page(app: App, session_values: Callable[[gr.Request], Mapping[str, Any
 
 
 def appearance() -> dict[str, Any]:
-    """Theme, script and stylesheet, as keyword arguments of `gr.mount_gradio_app`."""
+    """Theme, script and stylesheet, and no footer, as keyword arguments of `gr.mount_gradio_app`."""
     script, style = (f"assets/{name}?{_fingerprint(name)}" for name in ("chat.js", "style.css"))
     return {
         "theme": Theme(),
+        "footer_links": [],
         "head": f'<link rel="stylesheet" href="{style}"><script src="{script}"></script><meta name="color-scheme" content="light dark">',
     }
 
@@ -75,8 +74,12 @@ def _fingerprint(name: str) -> str:
     return hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()[:12]
 
 
-_TEAL = gr.themes.Color("#eefaf8", "#d3f2ed", "#a8e4db", "#71cfc4", "#3fb3a8", "#1f978d", "#0f7a72", "#0f625d", "#124f4c", "#12413f", "#062725", "teal")
-_STONE = gr.themes.Color("#f8f8f6", "#f1f1ee", "#e5e5e1", "#d3d3ce", "#a3a39d", "#6d6d68", "#575753", "#3c3c39", "#2a2a28", "#1c1c1b", "#141413", "stone")
+_TEAL = gr.themes.Color(
+    "#eefaf8", "#d3f2ed", "#a8e4db", "#71cfc4", "#3fb3a8", "#1f978d", "#0f7a72", "#0f625d", "#124f4c", "#12413f", "#062725", "teal"
+)
+_STONE = gr.themes.Color(
+    "#f8f8f6", "#f1f1ee", "#e5e5e1", "#d3d3ce", "#a3a39d", "#6d6d68", "#575753", "#3c3c39", "#2a2a28", "#1c1c1b", "#141413", "stone"
+)
 
 
 class Theme(gr.themes.Base):

@@ -1,6 +1,7 @@
 """The page's own routes: conversations, turns, parameters, models, events. Each asks who is asking, calls one function, answers JSON."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Request, WebSocket
@@ -9,9 +10,9 @@ from fastapi.responses import FileResponse
 from modules import chat, settings
 from modules.app import App
 from modules.auth import Auth, Identity, NotLoggedIn
-from modules.errors import AccessDenied, NotFound, SettingsError, UserError
+from modules.errors import AccessDenied, SettingsError, UserError
 from modules.guard import require_json
-from modules.paths import inside, write_atomically
+from modules.paths import write_atomically
 from modules.ui import ASSETS
 from modules.ui.events import serve_events
 from modules.ui.views import info_view, message_view, status_view
@@ -54,24 +55,25 @@ def build_router(app: App, auth: Auth) -> APIRouter:
 
 
 def _add_assets(router: APIRouter) -> None:
-    @router.get("/assets/{name}")
-    def asset(name: str) -> FileResponse:
-        path = inside(ASSETS, name, "file name")
-        if not path.is_file():
-            raise NotFound("There is no such file.")
-        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+    """Our files, each by name: Gradio's own `assets/` stand behind them."""
+
+    def serve(path: Path) -> Callable[[], FileResponse]:
+        return lambda: FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})  # the page names them with a hash
+
+    for path in ASSETS.iterdir():
+        router.add_api_route(f"/assets/{path.name}", serve(path), methods=["GET", "HEAD"])
 
 
 def _add_conversations(router: APIRouter, app: App, who: Callable[..., Identity], writer: Callable[..., Identity]) -> None:
     @router.get("/chat/conversations")
-    def conversations(identity: Annotated[Identity, Depends(who)], query: str = "", before: str | None = None) -> Json:
-        page = app.store.conversations(identity.owner, query, before=before)
+    def conversations(identity: Annotated[Identity, Depends(who)], query: str = "", before: str = "") -> Json:
+        page = app.store.conversations(identity.owner, query, before=before or None)
         items = [info_view(item, app.replies.running(item.id) is not None) for item in page.items]
         return {"items": items, "next": page.next}
 
     @router.get("/chat/conversations/{id}")
-    def conversation(id: str, identity: Annotated[Identity, Depends(who)], before: str | None = None) -> Json:
-        return _branch_view(app, identity, id, before)
+    def conversation(id: str, identity: Annotated[Identity, Depends(who)], before: str = "") -> Json:
+        return _branch_view(app, identity, id, before or None)
 
     @router.patch("/chat/conversations/{id}")
     def rename(id: str, identity: Annotated[Identity, Depends(writer)], title: Annotated[str, Body(embed=True)]) -> Json:

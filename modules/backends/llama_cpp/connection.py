@@ -133,7 +133,7 @@ class Connection:
         self._said: collections.deque[str] = collections.deque(maxlen=50)
         self.health: Mapping[str, Any] = {}
         """Fields of the last heartbeat."""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self._process = start_child(command, cwd=ROOT, env=environment(os.environ), **pipes)
         except OSError as error:

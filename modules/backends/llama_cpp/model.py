@@ -13,7 +13,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from modules.backends.llama_cpp.chain import Chain, Vocabulary
-from modules.backends.llama_cpp.threads import default_threads
+from modules.backends.llama_cpp.threads import usable_cores, writing_threads
 from modules.errors import ModelError
 
 _CACHE_TYPES = {"fp16": 1, "q8_0": 8, "q4_0": 2}  # ggml.h, enum ggml_type
@@ -62,6 +62,7 @@ def explain_failure(lines: Sequence[str]) -> str:
     if any(word in text.lower() for word in ("failed to allocate", "unable to allocate", "out of memory", "cannot allocate")):
         return "memory ran out. Use a smaller --ctx-size, --cache-type q8_0, fewer --gpu-layers, or a smaller model."
     reason = next((line.split(": ", 1)[-1] for line in lines if "error" in line.lower() or "fail" in line.lower()), "llama.cpp gave no reason")
+    reason = reason.removeprefix("error loading model: ")
     return f"{reason.rstrip('.')}. Download the model again, or use another conversion of it."
 
 
@@ -79,7 +80,7 @@ class Model:
         self.should_stop: Callable[[], bool] = lambda: False
         """Asked inside a prompt piece; True ends it."""
         self._abort = lib.ggml_abort_callback(self._beat)
-        self._no_abort = ctypes.cast(None, lib.ggml_abort_callback)
+        self._no_abort = lib.ggml_abort_callback()
         self._cached: list[int] = []
         lib.llama_backend_init()
         if options["numa"]:
@@ -129,8 +130,8 @@ class Model:
         params.n_ctx = options["ctx_size"] or min(trained, options["default_context"])
         params.n_batch = min(options["batch_size"], params.n_ctx)
         params.n_ubatch = min(options["ubatch_size"], params.n_batch)
-        params.n_threads = options["threads"] or default_threads()
-        params.n_threads_batch = options["threads_batch"] or params.n_threads
+        params.n_threads = options["threads"] or writing_threads()
+        params.n_threads_batch = options["threads_batch"] or usable_cores()
         params.type_k = params.type_v = _CACHE_TYPES[options["cache_type"]]
         params.flash_attn_type = _FLASH[options["flash_attn"]]
         params.offload_kqv = not options["no_kv_offload"]

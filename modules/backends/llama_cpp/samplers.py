@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,10 +139,13 @@ _STAGES: dict[str, Maker] = {
 }
 
 SUPPORTED = frozenset(
-    """temperature dynamic_temperature dynatemp_low dynatemp_high dynatemp_exponent top_p top_k min_p top_n_sigma typical_p
+    re.findall(
+        r"\w+",
+        """temperature dynamic_temperature dynatemp_low dynatemp_high dynatemp_exponent top_p top_k min_p top_n_sigma typical_p
     xtc_threshold xtc_probability dry_multiplier dry_allowed_length dry_base dry_sequence_breakers repetition_penalty frequency_penalty
     presence_penalty repetition_penalty_range mirostat_mode mirostat_tau mirostat_eta adaptive_target adaptive_decay do_sample
     temperature_last sampler_priority max_new_tokens auto_max_new_tokens truncation_length seed max_tokens_second add_bos_token
-    ban_eos_token skip_special_tokens custom_stopping_strings custom_token_bans grammar_string""".split()
+    ban_eos_token skip_special_tokens custom_stopping_strings custom_token_bans grammar_string""",
+    )
 )
 """SamplingParams that mean something with llama.cpp, those included that the rooms above apply for every engine."""

@@ -144,10 +144,7 @@ class Scheduler:
             chain.close()
 
     def _prompt(self, job: Job) -> list[int]:
-        if job.asked["text"]:
-            tokens = self._model.tokenize(job.prompt, job.asked["add_bos"])
-        else:
-            tokens = unpack_tokens(job.prompt)
+        tokens = self._model.tokenize(job.prompt, job.asked["add_bos"]) if job.asked["text"] else unpack_tokens(job.prompt)
         job.prompt_tokens = len(tokens)
         if not tokens:
             raise PromptError("The prompt is empty. Write something first.")

@@ -89,13 +89,15 @@
     },
   };
 
-  const toasts = el('div.tgw-toasts', { role: 'alert' });
+  const toasts = el('div.tgw-toasts', { role: 'alert' });  // over the composer
+  const floating = el('div.tgw-toasts.tgw-floating', { role: 'alert' });  // where the Chat tab is not shown
 
   function toast(message, kind = 'error') {
     const shown = el(`div.tgw-toast.${kind}`, {}, icon(kind === 'error' ? 'warn' : 'yes'), el('span', { textContent: message }));
     shown.append(button('no', 'Dismiss', () => shown.remove()));
-    while (toasts.children.length > 2) toasts.firstChild.remove();
-    toasts.append(shown);
+    const place = root.offsetParent ? toasts : floating;
+    while (place.children.length > 2) place.firstChild.remove();
+    place.append(shown);
     setTimeout(() => shown.remove(), kind === 'error' ? 12000 : 3000);
   }
 
@@ -220,20 +222,21 @@
     }
 
     update(event) {
-      if (this.stale) { this.answer.clear(); this.reasoning.clear(); this.stale = false; }
-      event.reasoning?.forEach((change) => this.reasoning.update(change));
-      event.blocks?.forEach((change) => this.answer.update(change));
-      this.growing();
+      if (this.stale && event.blocks.length + event.reasoning.length) { this.answer.clear(); this.reasoning.clear(); this.stale = false; }
+      event.reasoning.forEach((change) => this.reasoning.update(change));
+      event.blocks.forEach((change) => this.answer.update(change));
+      this.growing(event);
     }
 
     snapshot(event) {
       this.stale = false;
       this.answer.set(event.blocks);
-      this.reasoning.set(event.reasoning || []);
-      this.growing();
+      this.reasoning.set(event.reasoning);
+      this.growing(event);
     }
 
-    growing() {
+    growing({ prefill }) {
+      if (prefill) this.progress(...prefill);
       if (!this.wait.hidden && (this.answer.list.length || this.reasoning.list.length)) this.wait.hidden = true;
       this.showThought();
     }
@@ -247,8 +250,7 @@
       this.thought.classList.toggle('open-ended', state === 'Thinking…');
     }
 
-    progress({ done, total }) {
-      if (this.answer.list.length && !this.stale) return;
+    progress(done, total) {
       const text = `Reading prompt ${number.format(done)} / ${number.format(total)}`;
       let bar = this.wait.querySelector('progress');
       if (!bar) { bar = el('progress', { 'aria-label': 'Reading prompt' }); this.wait.replaceChildren(bar, el('span')); }
@@ -326,7 +328,8 @@
         s.prompt_tokens != null && `Prompt: ${number.format(s.prompt_tokens)} tokens, ${number.format(s.reused_tokens || 0)} of them reused`,
         s.first_token_seconds != null && `First token after ${s.first_token_seconds.toFixed(2)} s`,
         s.context_length && `Context: ${number.format(s.context_used)} of ${number.format(s.context_length)} tokens`,
-        s.finish_reason === 'length' && 'Ended at the longest allowed length', this.data.created && new Date(this.data.created * 1000).toLocaleString(),
+        s.finish_reason === 'length' && 'Ended at the longest allowed length',
+        this.data.dropped_messages > 0 && `The oldest ${this.data.dropped_messages} messages did not fit the context`, this.data.created && new Date(this.data.created * 1000).toLocaleString(),
       ];
       return el('span.tgw-figures', { title: rest.filter(Boolean).join('\n'), textContent: quick.filter(Boolean).join(' · '), tabIndex: 0 });
     }
@@ -388,20 +391,25 @@
       return null;
     },
 
-    // Scrolling up lets go of the bottom, reaching it takes hold again. Growth of the reply never looks like scrolling up.
+    // Scrolling up lets go of the bottom, reaching it takes hold again. A reply that grows or shrinks (a table that is drawn again) is not scrolling.
     scrolled() {
-      const at = this.scroller.scrollTop;
-      if (at < this.lastTop - 2) this.stick(false);
-      this.lastTop = at;
+      const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+      if (scrollTop < this.lastTop - 2 && scrollHeight - scrollTop - clientHeight > 48) this.stick(false);
+      this.lastTop = scrollTop;
     },
     stick(stuck) { this.stuck = stuck; this.jump.hidden = stuck; },
     toBottom() { this.stick(true); this.follow(); },
-    follow() { if (this.stuck) this.scroller.scrollTop = 1e9; },
+    follow() {
+      if (!this.stuck) return;
+      this.scroller.scrollTop = 1e9;
+      this.lastTop = this.scroller.scrollTop;
+    },
 
     async open(id) {
       const ticket = ++this.loading;
       this.forget();
       this.id = id;
+      toasts.textContent = '';
       composer.restore();
       sidebar.mark(id);
       if (id) {
@@ -505,6 +513,7 @@
       this.busy = false;
       composer.refresh();
       if (!started) return false;
+      toasts.textContent = '';
       if (ticket === this.loading) this.adopt(started, since);
       return true;
     },
@@ -517,7 +526,7 @@
           composer.restore();
         }
         this.retitle(started.conversation.title);
-        sidebar.changed({ updated: Date.now() / 1000, running: true, ...started.conversation });
+        sidebar.changed({ updated: Date.now() / 1000, running: started.messages.some((view) => view.state === 'running'), ...started.conversation });
         sidebar.mark(this.id);
       }
       this.began(started.messages, since);
@@ -552,9 +561,8 @@
 
     received(event) {
       const message = this.views.get(event.reply);
-      if (!message || event.event <= message.seen || !message.running) return;
+      if (!message?.running || (event.event <= message.seen && event.type !== 'end')) return;
       message.seen = event.event;
-      if (event.type === 'progress') message.progress(event);
       if (event.type === 'update') message.update(event);
       if (event.type === 'snapshot') message.snapshot(event);
       if (event.type === 'end') {
@@ -628,7 +636,7 @@
       open.onclick = (e) => { if (!(e.ctrlKey || e.metaKey || e.shiftKey)) { e.preventDefault(); setConversation(item.id); if (PHONE.matches) this.toggle(false); } };
       open.ondblclick = () => this.rename(row);
       const row = el('li', {}, open, el('span.tgw-tools', {},
-        button('pen', 'Rename (F2)', () => this.rename(row)), button('bin', 'Delete', () => this.confirm(row))));
+        button('pen', 'Rename (F2)', () => this.rename(row)), button('bin', 'Delete', () => this.askDelete(row))));
       row.item = item;
       row.classList.toggle('running', Boolean(item.running));
       row.classList.toggle('current', item.id === chat.id);
@@ -695,7 +703,7 @@
       field.select();
     },
 
-    confirm(row) {
+    askDelete(row) {
       if (row.classList.contains('busy')) return;
       const yes = button('yes', 'Yes, delete', async () => {
         close();
@@ -714,7 +722,7 @@
       const go = { ArrowDown: row.nextSibling, ArrowUp: row.previousSibling, Home: this.list.firstChild, End: this.list.lastChild };
       if (e.key in go) { e.preventDefault(); (go[e.key]?.querySelector('a') || (e.key === 'ArrowUp' ? this.field : null))?.focus(); }
       if (e.key === 'F2') { e.preventDefault(); this.rename(row); }
-      if (e.key === 'Delete') { e.preventDefault(); this.confirm(row); }
+      if (e.key === 'Delete') { e.preventDefault(); this.askDelete(row); }
     },
   };
 
@@ -758,10 +766,11 @@
     },
 
     size() {
-      if (CSS.supports('field-sizing', 'content')) return;
+      const long = this.box.value.length > 20000;  // measuring it would be slow, and the answer is known
+      this.box.classList.toggle('long', long);
+      if (long || CSS.supports('field-sizing', 'content')) return;
       this.box.style.height = 'auto';
-      // Measuring a very long text is slow, and the answer is known.
-      this.box.style.height = this.box.value.length > 20000 ? '40vh' : `${this.box.scrollHeight}px`;
+      this.box.style.height = `${this.box.scrollHeight}px`;
     },
 
     refresh() {
@@ -1059,6 +1068,7 @@
     },
   };
 
+  document.body.append(floating);
   build();
   model.build();
   theme.build();

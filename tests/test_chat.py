@@ -1,0 +1,460 @@
+import threading
+
+import pytest
+
+from modules import chat
+from modules.auth import Identity
+from modules.chat import MAX_MESSAGE_CHARACTERS
+from modules.conversation import Conversation
+from modules.errors import Busy, DataError, EngineDied, NoModel, NotFound, PromptError, PromptTooLong, SettingsError
+from tests.fakes import WAIT, make_app, until
+
+ANNA, BERT = Identity("anna", "anna-browser"), Identity("bert", "bert-browser")
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    made = make_app(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def backend(app):
+    return app.models.backend
+
+
+def finish(turn):
+    assert turn.reply.finished.wait(WAIT), "the reply never ended"
+    return turn
+
+
+def say(app, text, conversation=None, who=ANNA):
+    """A whole turn; the stored conversation after it."""
+    turn = finish(chat.reply(app, who, conversation, text))
+    return app.store.conversation(who.owner, turn.conversation.id)
+
+
+def held(app, text="Hi", conversation=None):
+    """A turn whose reply stands still after its first piece, until the gate is opened or it is cancelled."""
+    app.models.backend.gate = threading.Semaphore(1)
+    turn = chat.reply(app, ANNA, conversation, text)
+    until(lambda: turn.reply.message.text)
+    return turn
+
+
+def shown(app, conversation, who=ANNA):
+    return [(m.role, m.text, m.state) for m in app.store.conversation(who.owner, conversation).path()]
+
+
+def prompt(backend, number=-1):
+    return backend.decode(backend.requests[number].prompt)
+
+
+def nothing_is_saved(app):
+    return app.store.conversations("anna").items == ()
+
+
+# --- reply --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_saves_the_message_and_the_answer(app, backend):
+    turn = chat.reply(app, ANNA, None, "Hi")
+    assert [m.role for m in turn.messages] == ["user", "assistant"] and turn.messages[-1].state == "running"
+    assert turn.reply.id == turn.messages[-1].id and turn.conversation.tip == turn.reply.id
+    finish(turn)
+    assert shown(app, turn.conversation.id) == [("user", "Hi", "done"), ("assistant", "Hello world", "done")]
+    assert prompt(backend) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert app.store.conversations("anna").items[0].title == "Hi"
+
+
+def test_the_next_turn_carries_the_ones_before(app, backend):
+    first = say(app, "One")
+    second = say(app, "Two", first.id)
+    assert second.id == first.id and len(second.path()) == 4
+    assert prompt(backend).count("<|im_start|>") == 4 and "Hello world<|im_end|>\n<|im_start|>user\nTwo" in prompt(backend)
+
+
+def test_what_explains_the_reply_is_kept_with_it(app, backend):
+    app.sessions.change(ANNA.session, {"temperature": 0.5, "sampler_priority": "top_k", "seed": 42})
+    details = say(app, "Hi").path()[-1].details
+    assert (details["model"], details["seed"], details["dropped_messages"]) == ("model.fake", 42, 0)
+    assert details["parameters"] == {"temperature": 0.5, "sampler_priority": ["top_k"], "seed": 42}
+    stats = details["stats"]
+    assert (stats["tokens"], stats["finish_reason"], stats["context_length"], stats["reused_tokens"]) == (2, "stop", 2048, 3)
+    assert stats["prompt_tokens"] == len(backend.requests[0].prompt)
+    assert backend.requests[0].seed == 42
+
+
+def test_a_random_seed_is_chosen_and_recorded(app, backend):
+    seeds = [say(app, "Hi").path()[-1].details["seed"] for _ in range(3)]
+    assert seeds == [request.seed for request in backend.requests]
+    assert len(set(seeds)) == 3 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_parameters_of_this_browser_count(app, backend):
+    app.sessions.change("another-browser", {"top_k": 9})
+    app.sessions.change(ANNA.session, {"max_new_tokens": 7, "auto_max_new_tokens": False, "custom_system_message": "Be brief."})
+    say(app, "Hi")
+    request = backend.requests[0]
+    assert (request.max_new_tokens, request.sampling.top_k) == (7, 0)
+    assert prompt(backend).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+    app.sessions.change(ANNA.session, {"auto_max_new_tokens": True})
+    say(app, "Hi")
+    assert backend.requests[1].max_new_tokens is None
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_an_empty_message_is_refused(text, app):
+    with pytest.raises(PromptError, match="Type something"):
+        chat.reply(app, ANNA, None, text)
+    assert nothing_is_saved(app)
+
+
+def test_without_a_model_nothing_is_saved(app):
+    kept = say(app, "before")
+    app.models.unload()
+    for conversation in (None, kept.id):
+        with pytest.raises(NoModel, match="your text is kept"):
+            chat.reply(app, ANNA, conversation, "Hi")
+    with pytest.raises(NoModel):
+        chat.regenerate(app, ANNA, kept.id, kept.tip)
+    with pytest.raises(NoModel):
+        chat.continue_reply(app, ANNA, kept.id, kept.tip)
+    with pytest.raises(NoModel):
+        chat.edit(app, ANNA, kept.id, kept.path()[0].id, "other")
+    assert len(app.store.conversations("anna").items) == 1 and app.store.conversation("anna", kept.id) == kept
+
+
+@pytest.mark.parametrize("size", [5000, 1_000_000, MAX_MESSAGE_CHARACTERS + 1])
+def test_a_message_beyond_the_context_leaves_nothing(size, app):
+    with pytest.raises(PromptTooLong):
+        chat.reply(app, ANNA, None, "x" * size)
+    assert nothing_is_saved(app)
+    assert say(app, "Hi").tip
+
+
+def test_a_bad_template_leaves_nothing(app, backend):
+    backend.chat_template = "{{ messages["
+    with pytest.raises(PromptError):
+        chat.reply(app, ANNA, None, "Hi")
+    assert nothing_is_saved(app)
+
+
+def test_the_models_own_template_is_used(app, backend):
+    backend.chat_template = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    say(app, "Hi")
+    assert prompt(backend) == "[user: Hi]>"
+
+
+def test_the_oldest_messages_make_room(app, backend):
+    backend.context_length = 600
+    app.sessions.change(ANNA.session, {"max_new_tokens": 100})
+    conversation = say(app, "first " + "x" * 150)
+    for number in range(4):
+        conversation = say(app, f"number {number} " + "y" * 120, conversation.id)
+    assert len(backend.requests[-1].prompt) <= 500
+    assert "first" not in prompt(backend) and "number 3" in prompt(backend)
+    assert conversation.path()[-1].details["dropped_messages"] > 0
+    assert len(conversation.path()) == 10
+
+
+def test_truncation_length_and_room_for_the_reply(app):
+    app.sessions.change(ANNA.session, {"truncation_length": 100, "max_new_tokens": 4000})
+    with pytest.raises(PromptTooLong):
+        chat.reply(app, ANNA, None, "x" * 60)  # half of the context is the reply's
+    app.sessions.change(ANNA.session, {"max_new_tokens": 1})
+    assert say(app, "x" * 20).tip
+
+
+def test_binary_in_a_message_goes_through(app):
+    text = "\x00\x01\ud800 \U0001f600"
+    assert say(app, text).path()[0].text == text.replace("\ud800", "\ufffd")
+
+
+def test_stop_strings_end_the_answer(app, backend):
+    backend.script = ["One", " ST", "OP two", " three", " four"]
+    app.sessions.change(ANNA.session, {"custom_stopping_strings": '"STOP"'})
+    answer = say(app, "Hi").path()[-1]
+    assert (answer.text, answer.state, answer.details["stats"]["finish_reason"]) == ("One ", "done", "stop")
+
+
+def test_the_templates_own_end_marker_ends_the_answer(app, backend):
+    backend.script = ["One", "<|im_", "end|>", "\n<|im_start|>user"]
+    assert say(app, "Hi").path()[-1].text == "One"
+
+
+def test_thinking_is_told_from_the_answer_and_not_sent_again(app, backend):
+    backend.script = ["<thi", "nk>I wonder.</think>", "\n\nYes."]
+    conversation = say(app, "Hi")
+    assert (conversation.path()[-1].reasoning, conversation.path()[-1].text) == ("I wonder.", "Yes.")
+    say(app, "And?", conversation.id)
+    assert "Yes." in prompt(backend)
+
+
+def test_every_reply_begins_with(app, backend):
+    app.sessions.change(ANNA.session, {"start_with": "Sure:"})
+    backend.script = [" here"]
+    turn = chat.reply(app, ANNA, None, "Hi")
+    assert turn.messages[-1].text == "Sure:"
+    finish(turn)
+    assert shown(app, turn.conversation.id)[-1] == ("assistant", "Sure: here", "done")
+    assert prompt(backend).endswith("<|im_start|>assistant\nSure:")
+
+
+def test_the_engine_dies_and_the_next_message_is_answered(app, backend):
+    backend.error = EngineDied("The engine ended. Send again.")
+    conversation = say(app, "Hi")
+    answer = conversation.path()[-1]
+    assert (answer.text, answer.state, answer.details["error"]) == ("Hello world", "failed", "The engine ended. Send again.")
+    backend.error = None
+    assert say(app, "Again", conversation.id).path()[-1].state == "done"
+
+
+def test_the_model_goes_between_preparing_and_starting(app, monkeypatch):
+    """What was saved by then must not stay "running" for ever."""
+    add = app.store.add
+
+    def add_and_unload(*arguments):
+        add(*arguments)
+        app.models.unload()
+
+    monkeypatch.setattr(app.store, "add", add_and_unload)
+    turn = finish(chat.reply(app, ANNA, None, "Hi"))
+    assert shown(app, turn.conversation.id) == [("user", "Hi", "done"), ("assistant", "", "failed")]
+
+
+def test_a_disk_that_is_full_costs_the_message_not_the_chat(app, backend, monkeypatch):
+    conversation = say(app, "Hi")
+
+    def full(*_):
+        raise DataError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.store, "add", full)
+        with pytest.raises(DataError):
+            chat.reply(app, ANNA, conversation.id, "More")
+        with pytest.raises(DataError):
+            chat.reply(app, ANNA, None, "New")
+    assert app.store.conversation("anna", conversation.id) == conversation
+    assert len(backend.requests) == 1
+    assert say(app, "More", conversation.id).path()[-1].state == "done"
+
+
+# --- stopping, deleting, two at once ------------------------------------------------------------------------------------------------
+
+
+def test_stop_keeps_what_was_written(app):
+    turn = held(app)
+    app.replies.stop("bert", turn.reply.id)
+    assert not turn.reply.finished.is_set()
+    app.replies.stop("anna", turn.reply.id)
+    finish(turn)
+    assert shown(app, turn.conversation.id)[-1] == ("assistant", "Hello", "stopped")
+
+
+def test_a_second_turn_in_the_same_chat_waits_its_turn(app):
+    turn = held(app)
+    id, user, answer = turn.conversation.id, turn.messages[0].id, turn.reply.id
+    for attempt in (
+        lambda: chat.reply(app, ANNA, id, "more"),
+        lambda: chat.regenerate(app, ANNA, id, answer),
+        lambda: chat.continue_reply(app, ANNA, id, answer),
+        lambda: chat.edit(app, ANNA, id, user, "other"),
+        lambda: chat.select(app, ANNA, id, user),
+    ):
+        with pytest.raises(Busy):
+            attempt()
+    assert len(app.store.conversation("anna", id).messages) == 2
+    app.replies.stop("anna", answer)
+    finish(turn)
+    chat.rename(app, ANNA, id, "New")
+    assert app.store.conversations("anna").items[0].title == "New"
+
+
+def test_another_chat_is_queued_behind_and_answered(app, backend):
+    first = held(app)
+    second = chat.reply(app, ANNA, None, "Other")
+    assert second.conversation.id != first.conversation.id
+    for _ in range(3):
+        backend.gate.release()
+    finish(first)
+    finish(second)
+    assert shown(app, second.conversation.id)[-1] == ("assistant", "Hello world", "done")
+    assert backend.most_at_once == 1
+
+
+def test_deleting_a_chat_stops_its_reply(app, backend):
+    turn = held(app)
+    chat.delete(app, ANNA, turn.conversation.id)
+    finish(turn)
+    assert turn.reply.cancel.cancelled and nothing_is_saved(app)
+    assert [e.type for e in app.replies.news("anna").after(0)][-1] == "deleted"
+    until(lambda: backend.at_once == 0)
+
+
+def test_a_chat_of_somebody_else_does_not_exist(app):
+    turn = held(app)
+    id, message = turn.conversation.id, turn.reply.id
+    for attempt in (
+        lambda: chat.reply(app, BERT, "no-such-chat", "Hi"),
+        lambda: chat.reply(app, BERT, id, "Hi"),
+        lambda: chat.regenerate(app, BERT, id, message),
+        lambda: chat.delete(app, BERT, id),
+        lambda: chat.rename(app, BERT, id, "Mine"),
+    ):
+        with pytest.raises(NotFound):
+            attempt()
+    assert not turn.reply.cancel.cancelled
+    app.replies.stop("anna", message)
+    finish(turn)
+    for attempt in (
+        lambda: chat.reply(app, BERT, id, "Hi"),
+        lambda: chat.regenerate(app, BERT, id, message),
+        lambda: chat.continue_reply(app, BERT, id, message),
+        lambda: chat.edit(app, BERT, id, message, "x"),
+        lambda: chat.select(app, BERT, id, message),
+    ):
+        with pytest.raises(NotFound):
+            attempt()
+    assert app.replies.news("bert").last == 0 and app.store.conversations("bert").items == ()
+
+
+# --- versions -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_regenerate_writes_another_version(app, backend):
+    conversation = say(app, "Hi")
+    old = conversation.tip
+    backend.script = ["Other"]
+    turn = finish(chat.regenerate(app, ANNA, conversation.id, old))
+    after = app.store.conversation("anna", conversation.id)
+    assert after.siblings(old) == (old, turn.reply.id) and after.tip == turn.reply.id
+    assert shown(app, conversation.id) == [("user", "Hi", "done"), ("assistant", "Other", "done")]
+    assert after[old].text == "Hello world" and prompt(backend, 0) == prompt(backend, 1)
+
+
+def test_regenerate_in_the_middle_leaves_out_what_came_after(app, backend):
+    conversation = say(app, "One")
+    answer = conversation.tip
+    conversation = say(app, "Two", conversation.id)
+    finish(chat.regenerate(app, ANNA, conversation.id, answer))
+    assert "Two" not in prompt(backend) and len(shown(app, conversation.id)) == 2
+    assert len(app.store.conversation("anna", conversation.id).messages) == 5
+
+
+def test_only_replies_are_regenerated_or_continued(app):
+    conversation = say(app, "Hi")
+    user = conversation.path()[0].id
+    for attempt in (chat.regenerate, chat.continue_reply):
+        with pytest.raises(PromptError, match="Edit your own message"):
+            attempt(app, ANNA, conversation.id, user)
+        with pytest.raises(NotFound):
+            attempt(app, ANNA, conversation.id, "no-such-message")
+    assert app.store.conversation("anna", conversation.id) == conversation
+
+
+def test_an_edited_question_is_answered_again(app, backend):
+    conversation = say(app, "Helo")
+    user = conversation.path()[0].id
+    turn = finish(chat.edit(app, ANNA, conversation.id, user, "Hello"))
+    assert [m.role for m in turn.messages] == ["user", "assistant"]
+    after = app.store.conversation("anna", conversation.id)
+    assert len(after.siblings(user)) == 2 and [m.text for m in after.path()] == ["Hello", "Hello world"]
+    assert "Helo" not in prompt(backend)
+
+
+def test_an_edited_answer_is_a_version_without_a_new_reply(app, backend):
+    conversation = say(app, "Hi")
+    turn = chat.edit(app, ANNA, conversation.id, conversation.tip, "My own words")
+    assert turn.reply is None and len(backend.requests) == 1
+    assert shown(app, conversation.id) == [("user", "Hi", "done"), ("assistant", "My own words", "done")]
+    assert app.replies.news("anna").after(0)[-1].type == "changed"
+    say(app, "Next", conversation.id)
+    assert "My own words" in prompt(backend)
+    with pytest.raises(PromptError, match="empty"):
+        chat.edit(app, ANNA, conversation.id, conversation.tip, " ")
+
+
+def test_select_shows_another_version_at_its_newest_end(app):
+    conversation = say(app, "Hi")
+    old = conversation.tip
+    conversation = say(app, "More", conversation.id)
+    newest = conversation.tip
+    finish(chat.regenerate(app, ANNA, conversation.id, old))
+    assert len(shown(app, conversation.id)) == 2
+    chat.select(app, ANNA, conversation.id, old)
+    assert app.store.conversation("anna", conversation.id).tip == newest
+    assert app.replies.news("anna").after(0)[-1].type == "changed"
+    with pytest.raises(NotFound):
+        chat.select(app, ANNA, conversation.id, "no-such-message")
+
+
+# --- continue -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_continue_writes_on_in_the_same_message(app, backend):
+    conversation = say(app, "Hi")
+    backend.script = [" and", " more"]
+    turn = chat.continue_reply(app, ANNA, conversation.id, conversation.tip)
+    assert [m.id for m in turn.messages] == [conversation.tip]
+    finish(turn)
+    after = app.store.conversation("anna", conversation.id)
+    assert len(after.messages) == 2 and after.tip == conversation.tip
+    assert shown(app, conversation.id)[-1] == ("assistant", "Hello world and more", "done")
+    assert prompt(backend).endswith("<|im_start|>assistant\nHello world")
+
+
+def test_continue_after_a_failure_forgets_the_error(app, backend):
+    backend.error = EngineDied("Dead.")
+    conversation = say(app, "Hi")
+    backend.error = None
+    finish(chat.continue_reply(app, ANNA, conversation.id, conversation.tip))
+    answer = app.store.conversation("anna", conversation.id).path()[-1]
+    assert (answer.text, answer.state) == ("Hello worldHello world", "done") and "error" not in answer.details
+
+
+def test_continue_in_the_middle_goes_back_there(app):
+    conversation = say(app, "One")
+    answer = conversation.tip
+    say(app, "Two", conversation.id)
+    finish(chat.continue_reply(app, ANNA, conversation.id, answer))
+    assert app.store.conversation("anna", conversation.id).tip == answer
+
+
+def test_what_was_stopped_while_thinking_cannot_go_on(app, backend):
+    backend.script = ["<think>I wonder"]
+    conversation = say(app, "Hi")
+    assert conversation.path()[-1].reasoning == "I wonder"
+    with pytest.raises(PromptError, match="Use Regenerate"):
+        chat.continue_reply(app, ANNA, conversation.id, conversation.tip)
+
+
+# --- news ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_owners_other_pages_are_told(app):
+    turn = finish(chat.reply(app, ANNA, None, "Hi"))
+    id = turn.conversation.id
+    until(lambda: app.replies.news("anna").last == 3)
+    events = app.replies.news("anna").after(0)
+    assert sorted((e.type, e.data.get("id", e.data.get("conversation"))) for e in events) == [
+        ("conversation", id),
+        ("conversation", id),
+        ("started", id),
+    ]
+    started = next(e for e in events if e.type == "started")
+    assert started.data["messages"] == [m.id for m in turn.messages]
+
+
+def test_a_wrong_parameter_never_reaches_a_turn(app, backend):
+    with pytest.raises(SettingsError):
+        app.sessions.change(ANNA.session, {"temperature": float("nan")})
+    say(app, "Hi")
+    assert backend.requests[0].sampling.temperature == 1.0
+
+
+def test_a_conversation_survives_its_own_round_trip(app):
+    conversation = say(app, "Hi")
+    assert isinstance(conversation, Conversation) and conversation.owner == "anna"
+    assert app.store.conversation("anna", conversation.id) == conversation

@@ -1,0 +1,230 @@
+"""The order of the rooms: a module imports only what stands above it. A new module takes its place here in the commit that adds it."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ORDER = [
+    "modules",
+    "modules.errors",
+    "modules.log",
+    "modules.paths",
+    "modules.system",
+    "start",
+    "modules.options",
+    "modules.settings",
+    "modules.samplers",
+    "modules.sessions",
+    "modules.conversation",
+    "modules.store",
+    "modules.templates",
+    "modules.streams",
+    "modules.gguf",
+    "modules.backends",
+    "modules.backends.base",
+    "modules.backends.echo",
+    "modules.backends.llama_cpp.protocol",
+    "modules.backends.llama_cpp.samplers",
+    "modules.backends.llama_cpp.options",
+    "modules.backends.llama_cpp.connection",
+    "modules.backends.llama_cpp.client",
+    "modules.backends.llama_cpp",
+    "modules.backends.llama_cpp.threads",
+    "modules.backends.llama_cpp.chain",
+    "modules.backends.llama_cpp.model",
+    "modules.backends.llama_cpp.scheduler",
+    "modules.backends.llama_cpp.engine",
+    "modules.loaders",
+    "modules.models",
+    "modules.auth",
+    "modules.guard",
+    "modules.replies",
+    "modules.app",
+    "modules.launch",
+    "modules.docs",
+    "modules.text_generation",
+    "modules.chat",
+    "modules.ui",
+    "modules.ui.render",
+    "modules.ui.views",
+    "modules.ui.events",
+    "modules.ui.login",
+    "modules.ui.routes",
+    "modules.ui.controls",
+    "modules.ui.chat_tab",
+    "modules.ui.parameters_tab",
+    "modules.ui.model_tab",
+    "modules.ui.page",
+    "modules.ui.serve",
+    "server",
+]
+
+ENGINE_PROCESS = ("chain", "model", "scheduler", "engine")
+"""Of modules.backends.llama_cpp: what runs in the engine's own process, where a native crash is not the server's."""
+
+ONLY_UNDER = {
+    "gradio": ("modules.ui",),
+    "fastapi": ("modules.api", "modules.ui"),
+    "starlette": ("modules.api", "modules.ui"),
+    "uvicorn": ("modules.api", "modules.ui"),
+    "llama_cpp": tuple(f"modules.backends.llama_cpp.{name}" for name in ENGINE_PROCESS),
+    "torch": ("modules.backends", "modules.training"),
+    "transformers": ("modules.backends", "modules.training"),
+}
+NEVER_AT_TOP = {"torch", "transformers"}
+STANDARD_LIBRARY_ONLY = {"start", "modules.errors", "modules.log", "modules.paths", "modules.system"}
+
+
+def imports(source: str, names: set[str]) -> Iterator[tuple[str, int, bool]]:
+    """What is imported anywhere in `source`: (module, line, at the top level). `names` tells modules from what is in them."""
+    tree = ast.parse(source)
+    inside = {id(node) for top in ast.walk(tree) if isinstance(top, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(top)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found = ["." * node.level + (node.module or "")]
+        elif isinstance(node, ast.ImportFrom):
+            found = [full if (full := f"{node.module}.{alias.name}") in names else str(node.module) for alias in node.names]
+        else:
+            continue
+        for name in found:
+            yield name, node.lineno, id(node) not in inside
+
+
+def faults(module: str, source: str, order: list[str] = ORDER) -> list[str]:
+    """What `module` with this `source` imports and may not."""
+    if module not in order:
+        return [f"{module} has no place in the order"]
+    above = set(order[: order.index(module)])
+    found = []
+    for name, line, top in imports(source, set(order)):
+        package = name.split(".")[0]
+        where = f"{module} line {line}: "
+        if name.startswith("."):
+            found.append(f"{where}{name} is relative; write the full name")
+        elif package in {"modules", "server", "start"}:
+            if name not in above:
+                found.append(f"{where}{name} does not stand above it")
+        elif module in STANDARD_LIBRARY_ONLY and package not in sys.stdlib_module_names:
+            found.append(f"{where}{package} is not in the standard library")
+        elif package in ONLY_UNDER and not any(module == place or module.startswith(place + ".") for place in ONLY_UNDER[package]):
+            found.append(f"{where}{package} belongs under {', '.join(ONLY_UNDER[package])}")
+        elif package in NEVER_AT_TOP and top:
+            found.append(f"{where}{package} is imported at the top level")
+    return found
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(file): file for file in [ROOT / "server.py", ROOT / "start.py", *sorted((ROOT / "modules").rglob("*.py"))]}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_what_stands_above_it(module):
+    assert faults(module, FILES[module].read_text("utf-8")) == []
+
+
+def test_the_order_names_no_module_that_is_gone():
+    assert [name for name in ORDER if name not in FILES] == []
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("modules.models", "from modules.chat import reply", "modules.chat does not stand above it"),
+        ("modules.models", "from modules import app", "modules.app does not stand above it"),
+        ("modules.models", "import modules.ui.page", "modules.ui.page does not stand above it"),
+        ("modules.models", "from modules import models", "modules.models does not stand above it"),
+        ("modules.models", "def f():\n    from modules.replies import Ring", "line 2: modules.replies does not stand above it"),
+        ("modules.models", "if TYPE_CHECKING:\n    from modules.app import App", "modules.app does not stand above it"),
+        ("modules.models", "import server", "server does not stand above it"),
+        ("modules.models", "from modules.news import x", "modules.news does not stand above it"),
+        ("modules.models", "from . import app", "relative"),
+        ("modules.news", "", "has no place in the order"),
+        ("modules.app", "import gradio as gr", "gradio belongs under modules.ui"),
+        ("modules.chat", "async def f():\n    import gradio", "gradio belongs under modules.ui"),
+        ("modules.auth", "from fastapi import Request", "fastapi belongs under"),
+        ("modules.auth", "from starlette.requests import Request", "starlette belongs under"),
+        ("modules.backends.llama_cpp.client", "import llama_cpp", "llama_cpp belongs under"),
+        ("modules.backends.llama_cpp", "import llama_cpp.llama_cpp as lib", "llama_cpp belongs under"),
+        ("modules.backends.echo", "import torch", "torch is imported at the top level"),
+        ("modules.backends.echo", "class A:\n    from transformers import x", "transformers is imported at the top level"),
+        ("modules.samplers", "def f():\n    import torch.nn", "torch belongs under"),
+        ("start", "import yaml", "yaml is not in the standard library"),
+        ("start", "from modules.settings import load", "modules.settings does not stand above it"),
+        ("modules.system", "def f():\n    import psutil", "psutil is not in the standard library"),
+    ],
+)
+def test_the_check_itself_finds_what_is_forbidden(module, source, fault):
+    assert [fault in found for found in faults(module, source)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("modules.models", "from modules import loaders\nfrom modules.errors import Busy\nimport threading"),
+        ("modules.ui.page", "import gradio as gr\nfrom modules.ui import chat_tab\nfrom modules.ui.controls import host"),
+        ("modules.ui.routes", "from fastapi import Request\nfrom modules.ui import ASSETS"),
+        ("modules.backends.llama_cpp.model", "import llama_cpp.llama_cpp as lib"),
+        ("modules.backends.echo", "def load():\n    import torch"),
+        ("start", "import json\nfrom modules import system"),
+        ("modules.options", "import pydantic"),
+    ],
+)
+def test_the_check_allows_what_is_allowed(module, source):
+    assert faults(module, source) == []
+
+
+def python(code: str, **options) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], capture_output=True, text=True, timeout=120, env=environment, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_app_loads_neither_torch_nor_an_engine_nor_gradio():
+    code = "import sys, modules.app; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = set(ast.literal_eval(python(code)))
+    assert "modules" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "llama_cpp", "gradio", "fastapi", "starlette", "uvicorn", "numpy", "huggingface_hub"})
+
+
+WATCH = """
+import logging, os, sys, threading
+did = []
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        did.append(f"{event} {arguments[0]}")
+    elif event.split(".")[0] in ("subprocess", "socket") or event in ("os.mkdir", "os.remove", "os.rename", "os.putenv", "os.unsetenv", "os.chdir"):
+        did.append(event)
+before = dict(os.environ), list(sys.argv), threading.active_count(), list(logging.getLogger().handlers)
+import importlib
+import pydantic, yaml, jinja2  # what these do when they are imported is theirs
+try:
+    import cryptography, starlette
+except ImportError:
+    pass
+sys.addaudithook(watch)
+for name in NAMES:
+    importlib.import_module(name)
+after = dict(os.environ), list(sys.argv), threading.active_count(), list(logging.getLogger().handlers)
+print([] if before == after else "the process changed", did)
+"""
+
+
+def test_importing_does_nothing(tmp_path):
+    """No argv, no environment, no file, no thread, no socket."""
+    plain = [n for n in FILES if not n.startswith("modules.ui.") and n != "server" and n.rpartition(".")[2] not in ENGINE_PROCESS]
+    assert python(f"NAMES = {plain!r}\n{WATCH}", cwd=tmp_path) == "[] []"
+    assert list(tmp_path.iterdir()) == []

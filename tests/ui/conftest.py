@@ -1,0 +1,139 @@
+"""A live server with a scripted engine, and a browser that watches for errors and for requests to other hosts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+from modules import app, auth, guard, loaders, settings
+from modules.paths import UserData
+from modules.store import Store
+from modules.ui.views import BlockPresenter
+from tests.fakes import WAIT, FakeBackend, FakeEngine, until
+
+CHROMIUM_FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+@dataclass
+class Live:
+    """A running server. `backend` says `backend.script`; `hold()` makes it wait for `say()`."""
+
+    app: app.App
+    auth: auth.Auth
+    engine: FakeEngine
+    url: str
+
+    def owner(self, tab) -> str:
+        """Who the browser of `tab` is."""
+        return self.auth.need(SimpleNamespace(cookies={each["name"]: each["value"] for each in tab.context.cookies()})).owner
+
+    @property
+    def backend(self) -> FakeBackend:
+        return self.engine.loaded[-1]
+
+    def hold(self, *script: str) -> None:
+        self.backend.script, self.backend.gate = list(script), threading.Semaphore(0)
+
+    def say(self, pieces: int = 1) -> None:
+        self.backend.gate.release(pieces)
+
+    @property
+    def asked(self) -> int:
+        """How many generations the engine was asked for."""
+        return len(self.backend.requests)
+
+
+@contextmanager
+def serving(built: app.App, who: auth.Auth):
+    """The server of `built` on a free port; gives its address."""
+    import uvicorn
+
+    from modules.ui.serve import build_server
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready = build_server(built, who, guard.Hosts.build(False))
+    built.models.listen(built.replies.wake)
+    server = uvicorn.Server(uvicorn.Config(ready, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(WAIT)
+        listener.close()
+
+
+@pytest.fixture
+def live_server(tmp_path, monkeypatch, request):
+    """A `Live` server; flags in the marker's arguments: @pytest.mark.parametrize("live_server", [("--flag",)], indirect=True)."""
+    engine = FakeEngine()
+    engine.loader = replace(engine.loader, samplers=frozenset({"top_p", "top_k"}))
+    monkeypatch.setattr(loaders, "LOADERS", (engine.loader,))
+    data = UserData(tmp_path)
+    data.create()
+    for name in ("model.fake", "other.fake"):
+        (data.models / name).touch()
+    configuration = settings.load(getattr(request, "param", ()), (), (), app.option_groups())
+    built = app.build(configuration, data, Store.open(data.database), BlockPresenter)
+    built.models.load(built.models.choose("model.fake"))
+    who = auth.Auth({}, data.sessions)
+    with serving(built, who) as url:
+        yield Live(built, who, engine, url)
+        for backend in engine.loaded:
+            backend.gate.release(10**6)
+    built.close()
+
+
+@pytest.fixture(scope="session")
+def chromium(browser_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(browser_path), args=CHROMIUM_FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_browser(chromium, live_server):
+    """Makes browser contexts. At the end: no error in any page, and no request to any host but ours."""
+    contexts, errors, foreign = [], [], []
+
+    def asked(request):
+        if not request.url.startswith((live_server.url, "data:", "blob:")):
+            foreign.append(request.url)
+
+    def make(**options):
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(WAIT * 1000)
+        context.on("request", asked)
+        context.on("weberror", lambda error: errors.append(str(error.error)))
+        contexts.append(context)
+        return context
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert foreign == []
+    assert errors == []
+
+
+@pytest.fixture
+def new_tab(new_browser, live_server):
+    """Opens tabs of one browser."""
+    context = new_browser()
+
+    def make(path: str = "/"):
+        tab = context.new_page()
+        tab.goto(live_server.url + path)
+        tab.locator(".tgw-composer textarea").wait_for()
+        tab.wait_for_function("document.querySelector('.tgw-chip').dataset.state === 'ready'")
+        return tab
+
+    return make

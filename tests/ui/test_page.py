@@ -1,0 +1,155 @@
+"""The page builds without a model, has a control for every declared parameter, and asks no other host for anything."""
+
+import json
+import re
+
+import gradio as gr
+import pytest
+
+from modules import app, launch, settings
+from modules.loaders import LOADERS
+from modules.paths import UserData
+from modules.samplers import NEUTRAL, SamplingParams
+from modules.settings import ChatOptions
+from modules.ui import ASSETS
+from modules.ui.page import TABS, TITLE, appearance, build_page
+from modules.ui.views import BlockPresenter
+
+
+@pytest.fixture
+def make_app(tmp_path):
+    made = []
+
+    def make(*flags):
+        data = UserData(tmp_path)
+        data.create()
+        configuration = settings.load(flags, [], [], app.option_groups())
+        made.append(app.build(configuration, data, launch.open_store(data, configuration.settings.multi_user), BlockPresenter))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def page(make_app):
+    return build_page(make_app(), lambda request: {**SamplingParams(temperature=0.7).model_dump(), **ChatOptions().model_dump()})
+
+
+def of_knob(page, name):
+    return [block for block in page.blocks.values() if f"knob-{name}" in (getattr(block, "elem_classes", None) or [])]
+
+
+def tabs(page):
+    return [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
+
+
+def event_of(page, text):
+    """The only event whose script contains `text`."""
+    (found,) = [event for event in page.fns.values() if text in str(event.js)]
+    return found
+
+
+def test_one_tab_a_row_of_the_table(page):
+    assert tabs(page) == [tab.label for tab in TABS]
+    assert page.title == TITLE
+
+
+@pytest.mark.parametrize("name", [*SamplingParams.knobs(), *ChatOptions.knobs()])
+def test_every_parameter_has_exactly_one_control(page, name):
+    (control,) = of_knob(page, name)
+    knob = (SamplingParams.knobs() | ChatOptions.knobs())[name]
+    if knob.range:
+        assert (control.minimum, control.maximum, control.step) == knob.range
+    posted = [event.js for event in page.fns.values() if event.inputs == [control]]
+    assert posted
+    assert all(f'window.tgw.set("{name}", ' in js for js in posted)
+
+
+def test_every_loader_option_has_exactly_one_control(page):
+    for loader in LOADERS:
+        for knob in loader.options.knobs().values():
+            events = [e for e in page.fns.values() if f'window.tgw.option("{loader.name}", "{knob.name}", ' in str(e.js)]
+            assert bool(events) is not knob.later
+            assert len({control for event in events for control in event.inputs}) == (0 if knob.later else 1)
+
+
+def test_no_control_sends_its_value_through_gradio(page):
+    """One function on the server: the values at page load. Everything else runs in the browser."""
+    (load,) = [event for event in page.fns.values() if event.fn is not None]
+    assert load.targets[0][1] == "load"
+    assert load.queue is False
+    assert {name for control in load.outputs for name in control.elem_classes} >= {f"knob-{name}" for name in SamplingParams.model_fields}
+
+
+def test_the_values_of_the_asking_browser_are_shown(page):
+    (load,) = [event for event in page.fns.values() if event.fn is not None]
+    shown = dict(zip([control.elem_classes[0] for control in load.outputs], load.fn(None), strict=True))
+    assert shown["knob-temperature"] == 0.7
+    assert shown["knob-sampler_priority"].splitlines()[0] == "repetition_penalty"
+
+
+def test_neutralise_switches_samplers_off_and_leaves_the_rest_alone(page):
+    buttons = {block.value: block for block in page.blocks.values() if isinstance(block, gr.Button)}
+    (event,) = [e for e in page.fns.values() if e.targets[0][0] == buttons["Neutralise samplers"]._id]
+    values = json.loads(re.search(r"setMany\((\{.*?\})\)", event.js)[1])
+    assert values["top_p"] == NEUTRAL.top_p == 1
+    assert not {"max_new_tokens", "seed", "grammar_string", "custom_stopping_strings", "custom_system_message", "sampler_priority"} & set(values)
+    assert len(event.outputs) == len(values)
+
+
+def test_restore_brings_back_what_is_configured(make_app):
+    page = build_page(make_app("--temperature", "0.3"), lambda request: {})
+    buttons = {block.value: block for block in page.blocks.values() if isinstance(block, gr.Button)}
+    (event,) = [e for e in page.fns.values() if e.targets[0][0] == buttons["Restore defaults"]._id]
+    values = json.loads(re.search(r"setMany\((\{.*\})\); return", event.js)[1])
+    assert values["temperature"] == 0.3
+    assert set(values) == {*SamplingParams.model_fields, *ChatOptions.model_fields}
+
+
+def test_in_multi_user_mode_the_model_tab_is_not_built(make_app):
+    page = build_page(make_app("--multi-user"), lambda request: {})
+    assert tabs(page) == ["Chat", "Parameters"]
+    assert "loadModel" not in json.dumps(page.get_config_file(), default=str)
+
+
+def test_the_chosen_theme_is_in_the_page(make_app):
+    page = build_page(make_app("--dark-theme", "on"), lambda request: {})
+    assert any('data-theme="on"' in str(getattr(block, "value", "")) for block in page.blocks.values())
+
+
+def test_the_model_tab_says_where_models_go(make_app):
+    built = make_app()
+    page = build_page(built, lambda request: {})
+    assert any(str(built.data.models) in str(getattr(block, "info", "")) for block in page.blocks.values())
+
+
+def test_theme_and_assets_name_no_other_host():
+    """Also no Google font, which Gradio's own themes would ask for."""
+    look = appearance()
+    texts = [look["head"], look["theme"]._get_theme_css(), *(path.read_text("utf-8") for path in ASSETS.iterdir() if path.suffix in (".js", ".css"))]
+    hosts = {host for text in texts for host in re.findall(r"https?://([\w.-]+)", text)}
+    assert hosts <= {"www.w3.org"}  # the name of the SVG namespace
+    assert look["theme"]._stylesheets == []
+    assert look["footer_links"] == []
+
+
+def test_a_changed_asset_has_another_address(monkeypatch, tmp_path):
+    from modules.ui import page as module
+
+    first = appearance()["head"]
+    for path in ASSETS.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes() + b"\n")
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    assert appearance()["head"] != first
+
+
+def test_the_script_uses_html_only_for_what_the_server_sanitised():
+    """Everything else goes in as text. A new innerHTML must be thought about, and added here."""
+    script = (ASSETS / "chat.js").read_text("utf-8")
+    assert re.findall(r".*\b(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write)\b.*", re.sub(r"(?m)^\s*//.*", "", script)) == [
+        "        this.code.element.insertAdjacentHTML('beforeend', html);",
+        "        block.innerHTML = html;",
+    ]
+    assert not re.search(r"\b(?:eval|confirm|alert|prompt)\(|new Function", script)
