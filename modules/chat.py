@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from modules.app import App
 from modules.auth import Identity
 from modules.backends.base import Backend, CancelToken, GenerationRequest
 from modules.conversation import Conversation, Message
-from modules.errors import PromptError, PromptTooLong
+from modules.errors import PromptError, PromptTooLong, UserError
 from modules.replies import Piece, Reply
 from modules.samplers import SamplingParams
 from modules.sessions import Session
@@ -116,11 +117,24 @@ def _answer(app: App, who: Identity, conversation: Conversation, new: tuple[Mess
     session = app.sessions.get(who.session)
     opening = (Message("", None, "assistant", session.chat.start_with),) if session.chat.start_with else ()
     request, prompt = _prepare(app, session, (*conversation.path(), *opening), open_end=bool(opening))
-    if not conversation.id:
-        conversation = replace(conversation, id=app.store.create(who.owner).id)
     grown, answer = conversation.add("assistant", session.chat.start_with, state="running", details=_details(app, request, prompt))
-    app.store.add(who.owner, grown.id, [*new, answer], answer.id)
-    return _start(app, who, grown, (*new, answer), request, prompt)
+    stored = _store(app, who, grown, (*new, answer))
+    return _start(app, who, stored, (*new, answer), request, prompt)
+
+
+def _store(app: App, who: Identity, conversation: Conversation, new: tuple[Message, ...]) -> Conversation:
+    """Save `new`; a conversation without an id is made for them, and not left behind empty when that fails."""
+    if conversation.id:
+        app.store.add(who.owner, conversation.id, new, new[-1].id)
+        return conversation
+    made = app.store.create(who.owner)
+    try:
+        app.store.add(who.owner, made.id, new, new[-1].id)
+    except UserError:
+        with suppress(UserError):
+            app.store.delete(who.owner, made.id)
+        raise
+    return replace(conversation, id=made.id)
 
 
 def _prepare(app: App, session: Session, path: Sequence[Message], open_end: bool) -> tuple[GenerationRequest, Fitted]:

@@ -257,26 +257,25 @@ class ModelSlot:
         return progress
 
     def _ready(self, choice: Choice, backend: Backend, cancel: CancelToken, seconds: float) -> None:
+        status = ModelStatus(
+            "ready",
+            choice.name,
+            choice.loader.name,
+            1.0,
+            f"Loaded in {seconds:.1f} s.",
+            backend.context_length,
+            samplers=tuple(sorted(choice.loader.samplers)),
+        )
         with self._lock:
             wanted = not (cancel.cancelled or self._closed.is_set())
             if wanted:
                 self._loading = self._former = None
-                self._loaded = _Loaded(choice, backend, TurnLock())
+                self._loaded, self._status = _Loaded(choice, backend, TurnLock()), status
         if not wanted:
             backend.unload()
             raise ModelError("Loading was cancelled.")
         logger.info("Loaded %s in %.1f s with %s, context %d tokens", choice.name, seconds, choice.loader.name, backend.context_length)
-        self._set(
-            ModelStatus(
-                "ready",
-                choice.name,
-                choice.loader.name,
-                1.0,
-                f"Loaded in {seconds:.1f} s.",
-                backend.context_length,
-                samplers=tuple(sorted(choice.loader.samplers)),
-            )
-        )
+        self._tell()
 
     def _failed(self, choice: Choice, cancel: CancelToken, error: BaseException) -> None:
         words = str(error) if isinstance(error, UserError) else f"Loading failed: {type(error).__name__}. The terminal has the details."
@@ -290,7 +289,10 @@ class ModelSlot:
         status = ModelStatus("failed", choice.name, choice.loader.name, text=words)
         if cancel.cancelled:
             status = ModelStatus(text="Loading was cancelled.")
-        self._set(replace(self._status, text=words) if self._loaded else status)
+        with self._lock:
+            if not self._loading:  # else the next load has begun meanwhile
+                self._status = replace(self._status, text=words) if self._loaded else status
+        self._tell()
 
     def _restore(self, former: Choice, cancel: CancelToken) -> None:
         try:

@@ -124,7 +124,9 @@ def load(argv: Sequence[str], flags_texts: Sequence[Text], yaml_texts: Sequence[
     terminal = parse_flags(argv, classes, "command line")
     _check(terminal, classes, "command line")
     given.update(terminal)
-    warnings += [f"--{name.replace('_', '-')} is not in this version yet and has no effect." for name in given if _declared(name, classes).later]
+    warnings += [
+        f"--{name.replace('_', '-')} is not in this version yet and has no effect." for name in {**stored, **given} if _declared(name, classes).later
+    ]
     built = _build({**stored, **given}, classes)
     server = built[Settings]
     assert isinstance(server, Settings)

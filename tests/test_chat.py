@@ -211,6 +211,14 @@ def test_the_engine_dies_and_the_next_message_is_answered(app, backend):
     assert say(app, "Again", conversation.id).path()[-1].state == "done"
 
 
+def test_a_reply_that_never_began_is_not_sent_again(app, backend):
+    backend.script, backend.error = [], EngineDied("Dead.")
+    conversation = say(app, "Hi")
+    backend.script, backend.error = ["Yes"], None
+    say(app, "Again", conversation.id)
+    assert prompt(backend) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_the_model_goes_between_preparing_and_starting(app, monkeypatch):
     """What was saved by then must not stay "running" for ever."""
     add = app.store.add
@@ -237,7 +245,7 @@ def test_a_disk_that_is_full_costs_the_message_not_the_chat(app, backend, monkey
         with pytest.raises(DataError):
             chat.reply(app, ANNA, None, "New")
     assert app.store.conversation("anna", conversation.id) == conversation
-    assert len(backend.requests) == 1
+    assert len(app.store.conversations("anna").items) == 1 and len(backend.requests) == 1
     assert say(app, "More", conversation.id).path()[-1].state == "done"
 
 

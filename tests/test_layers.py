@@ -52,6 +52,8 @@ ORDER = [
     "modules.text_generation",
     "modules.chat",
     "modules.ui",
+    "modules.ui.formulas",
+    "modules.ui.markdown",
     "modules.ui.render",
     "modules.ui.views",
     "modules.ui.events",

@@ -220,6 +220,31 @@ def test_closing_during_a_load(slot, engine):
     assert all(backend.unloaded for backend in engine.loaded) and slot.status().state == "none"
 
 
+def test_a_model_unloaded_in_the_moment_it_is_ready_is_not_shown_as_ready(slot, engine, monkeypatch):
+    info = models.logger.info
+    monkeypatch.setattr(models.logger, "info", lambda *words: (info(*words), slot.unload() if words[0].startswith("Loaded") else None))
+    slot.load(slot.choose("a.fake"))
+    assert slot.status().state == "none" and engine.loaded[0].unloaded
+
+
+def test_a_load_begun_while_another_fails_keeps_its_own_status(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    engine.errors["b.fake"] = ModelError("The file is cut off.")
+    joins = []
+
+    def at_once_another():  # in the moment the former model is back
+        if slot._loading is None and not joins:
+            joins.append(hold(engine, slot, "c.fake"))
+
+    slot.listen(at_once_another)
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("b.fake"))
+    assert (slot.status().state, slot.status().name) == ("loading", "c.fake")
+    engine.go.set()
+    joins[0]()
+    assert (slot.status().state, slot.status().name) == ("ready", "c.fake")
+
+
 def test_progress_that_comes_after_the_load_changes_nothing(slot, engine):
     late = []
     make = engine.loader.load
@@ -330,7 +355,9 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
     lock, order = TurnLock(max_waiting=2), []
     with lock.turn(CancelToken()):
         joins = [waiting(lock, order, n) for n in range(2)]
-        with pytest.raises(Busy) as busy, lock.turn(CancelToken()):
+        cancelled = CancelToken()
+        cancelled.cancel()  # so that a lock that lets it in fails the test and does not hang it
+        with pytest.raises(Busy) as busy, lock.turn(cancelled):
             pass
         assert busy.value.retry_after > 0
     for join in joins:

@@ -110,6 +110,7 @@ def test_flags_kept_from_the_earlier_system_warn():
         "--api is not in this version yet and has no effect.",
         "--lora is not in this version yet and has no effect.",
     )
+    assert load((), (), [Text("s", "api: true")], GROUPS).warnings == found.warnings[:1]
     assert flags("--verbose").warnings == ()
 
 

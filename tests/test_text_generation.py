@@ -64,8 +64,11 @@ def test_encode_and_decode(app):
     assert encode(app, "ab") == [97, 98] and decode(app, [97, 98]) == "ab"
 
 
-def test_closing_frees_the_engine_and_the_lock(app):
+def test_closing_frees_the_engine_and_the_lock(app, monkeypatch):
     backend = app.models.backend
+    streams = []  # held here, so that only close() ends them
+    generate = backend.generate
+    monkeypatch.setattr(backend, "generate", lambda request: streams.append(generate(request)) or streams[-1])
     first = generate_reply(app, GenerationRequest("x"))
     next(first)
     assert (backend.at_once, backend.closed) == (1, 0)

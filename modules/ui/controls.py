@@ -56,7 +56,7 @@ def control(knob: Knob, hook: str, value: Any, extra_class: str = "") -> Compone
     opened = hook if "(" in hook else f"{hook}("
     call = f"(value) => {{ {opened}{json.dumps(knob.name)}, {_READING.get(knob.type, 'value')}); }}"
     # A text is told when it is complete: half a quoted string is not a valid value.
-    for event in (built.blur, built.submit) if isinstance(built, gr.Textbox) else (built.input,):  # type: ignore[attr-defined]
+    for event in (built.blur, built.submit) if isinstance(built, gr.Textbox) else (built.input,):
         event(None, built, None, js=call, **QUIET)
     return built
 

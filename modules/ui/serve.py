@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import gradio
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from modules import system
 from modules.app import App
 from modules.auth import Auth
 from modules.errors import Busy, InUse, SettingsError, UserError
-from modules.guard import Guard, Hosts
+from modules.guard import ASGIApp, Guard, Hosts, Message, Receive, Scope, Send
 from modules.log import logger
 from modules.settings import Settings
 from modules.ui.login import login_router
@@ -26,6 +27,7 @@ from modules.ui.routes import build_router
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
 MAX_BODY_BYTES = 16 * 2**20
+"""Of one request, Gradio's too: the longest message that is taken, in UTF-8, and room to spare."""
 
 
 def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
@@ -34,6 +36,7 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
     api.include_router(login_router(auth, app.store.change_owner))
     api.include_router(build_router(app, auth))
     _add_errors(api)
+    api.add_middleware(BodyLimit)
     page = build_page(app, lambda request: app.sessions.get(auth.need(request).session).values())
     gradio.mount_gradio_app(
         api,
@@ -62,6 +65,36 @@ def _add_errors(api: FastAPI) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, "InvalidRequest", f"The request is not as expected: {where}: {first['msg']}.")
+
+
+    @api.exception_handler(AnyHTTPException)
+    def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
+        return _error(error.status_code, "InvalidRequest", f"The request is not as expected: {error.detail}.")
+
+    @api.exception_handler(Exception)
+    def broken(_: Request, error: Exception) -> JSONResponse:  # uvicorn logs it with its traceback
+        return _error(500, "InternalError", f"The server made a mistake ({type(error).__name__}). The terminal has the details.")
+
+
+class BodyLimit:
+    """ASGI middleware: a body of more than MAX_BODY_BYTES is not read to its end; its route answers 413."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count what the route receives. A route that reads no body is not disturbed by a long one."""
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_BODY_BYTES:
+                raise HTTPException(413, f"a request of more than {MAX_BODY_BYTES >> 20} MB. Send less at once")
+            return message
+
+        await self.app(scope, counted if scope["type"] == "http" else receive, send)
 
 
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

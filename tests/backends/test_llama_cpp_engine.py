@@ -385,7 +385,8 @@ def test_an_engine_from_load_to_end_of_file(starter_model, tmp_path, monkeypatch
     assert pipes.until("error").fields["kind"] == "PromptError"
     endless = job(9, sampling=GREEDY.replace({"ban_eos_token": True}), max_new=None)
     pipes.send(Frame("generate", 9, endless.asked, endless.prompt))
-    pipes.until("chunk")
+    while "tokens" not in pipes.until("chunk").fields:
+        pass
     pipes.send(Frame("cancel", 9))
     assert pipes.until("end").fields["reason"] == "cancelled"
     while not (beat := pipes.until("heartbeat").fields)["steps"]:

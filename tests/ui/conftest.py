@@ -113,6 +113,7 @@ def new_browser(chromium, live_server):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         context.set_default_timeout(WAIT * 1000)
         context.on("request", asked)
+        context.on("console", lambda message: errors.append(message.text) if "Content Security Policy" in message.text else None)
         context.on("weberror", lambda error: errors.append(str(error.error)))
         contexts.append(context)
         return context

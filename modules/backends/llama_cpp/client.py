@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -107,6 +106,8 @@ class LlamaCppBackend:
         self._connection = self._loading = connection = Connection()
         cancel.on_cancel(lambda: self._cancel_loading(connection))
         try:
+            if self._unloaded:  # meanwhile, from another thread: no process may be left behind
+                raise NoModel(_UNLOADED)
             self._describe(self._load(connection))
         except ModelError as error:
             connection.close(error)
@@ -148,18 +149,22 @@ class LlamaCppBackend:
                 return None
         try:
             if self._unloaded:
-                raise NoModel("The model was unloaded. Load it again on the Model tab.")
+                raise NoModel(_UNLOADED)
             if self._connection and self._connection.alive:
                 return self._connection
             self._count_death()
-            with contextlib.suppress(ModelError):
-                self.start(cancel)
-                return self._connection
-            if cancel.cancelled:
-                return None
-            raise EngineDied("The engine stopped and the model could not be loaded again. Load it on the Model tab.")
+            return self._started_again(cancel)
         finally:
             self._starting.release()
+
+    def _started_again(self, cancel: CancelToken) -> Connection | None:
+        try:
+            self.start(cancel)
+        except ModelError as error:
+            if cancel.cancelled:
+                return None
+            raise EngineDied(f"The engine stopped and the model could not be loaded again. {error}") from error
+        return self._connection
 
     def _count_death(self) -> None:
         now = time.monotonic()
@@ -181,6 +186,7 @@ class LlamaCppBackend:
             connection.forget(call)
 
 
+_UNLOADED = "The model was unloaded. Load it again on the Model tab."
 _LOAD_ADVICE = "Its file may be damaged or need more memory than there is: download it again, or load it with a smaller context."
 
 

@@ -7,7 +7,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
@@ -35,12 +35,15 @@ class Computed(Enum):
 class NativeLog:
     """The last lines of llama.cpp's log, to say why a load failed; with `verbose` all of it goes to stderr."""
 
+    _in_use: ClassVar[Any] = None  # outlives the model: the library logs for the whole process and holds only an address
+
     def __init__(self, verbose: bool) -> None:
         self.lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
         self._verbose = verbose
         self._line = ""
-        self._callback = lib.llama_log_callback(self._take)  # kept: the library holds only its address
-        lib.llama_log_set(self._callback, None)
+        callback = lib.llama_log_callback(self._take)
+        lib.llama_log_set(callback, None)
+        NativeLog._in_use = callback
 
     def _take(self, level: int, text: bytes, _data: Any) -> None:
         piece = text.decode("utf-8", "replace")

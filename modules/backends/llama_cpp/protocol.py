@@ -27,6 +27,7 @@ MAX_HEAD = 8 << 20
 MAX_RAW = 64 << 20
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"TGW1"
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 class ProtocolError(Exception):
@@ -45,7 +46,7 @@ class Frame:
 
 def encode(frame: Frame) -> bytes:
     """The bytes of a frame. Raises ProtocolError when it is over the limits."""
-    head = json.dumps([frame.kind, frame.id, frame.fields], separators=(",", ":")).encode()
+    head = _JSON.encode([frame.kind, frame.id, frame.fields]).encode()
     if len(head) > MAX_HEAD or len(frame.raw) > MAX_RAW:
         raise ProtocolError(f"a frame of {len(head)} + {len(frame.raw)} bytes is over the limit")
     return _HEADER.pack(_MAGIC, len(head), len(frame.raw)) + head + frame.raw

@@ -49,6 +49,13 @@
     return el(spec, { type: 'button', title: label, 'aria-label': label, onclick }, icon(name));
   }
 
+  /** Calls `action` when `target` comes near the visible part of `root`. The answer's again() asks anew: a target that stays near does not report. */
+  function near(target, root, rootMargin, action) {
+    const observer = new IntersectionObserver(([seen]) => { if (seen.isIntersecting) action(); }, { root, rootMargin });
+    observer.observe(target);
+    return { again() { observer.unobserve(target); observer.observe(target); } };
+  }
+
   function later(milliseconds, action) {
     let timer = 0;
     const run = () => { clearTimeout(timer); timer = setTimeout(action, milliseconds); };
@@ -262,9 +269,10 @@
 
     end(view) {
       const drawn = !this.stale && view.blocks.length === this.answer.list.length && (view.reasoning || []).length === this.reasoning.list.length;
+      const known = { ...view, versions: this.data.versions };  // the end of a reply does not repeat them
       this.ended = performance.now();
-      this.data = view;
-      if (drawn) this.decorate(); else this.fill(view);
+      this.data = known;
+      if (drawn) this.decorate(); else this.fill(known);
     }
 
     /** Everything around the text: notices, actions, figures. */
@@ -322,7 +330,7 @@
     figures() {
       const s = this.data.stats;
       if (!s?.tokens) return null;
-      const quick = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, `${number.format(s.tokens)} tokens`, s.seconds && `${s.seconds.toFixed(1)} s`];
+      const quick = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, `${number.format(s.tokens)} token${s.tokens === 1 ? '' : 's'}`, s.seconds && `${s.seconds.toFixed(1)} s`];
       const rest = [
         this.data.model && `Model: ${this.data.model}`, s.seed != null && `Seed: ${s.seed}`,
         s.prompt_tokens != null && `Prompt: ${number.format(s.prompt_tokens)} tokens, ${number.format(s.reused_tokens || 0)} of them reused`,
@@ -353,6 +361,9 @@
     }
   }
 
+  const PAGE = 40;  // messages that the server gives at once
+  const MOST = 3 * PAGE;
+
   // --- the conversation shown --------------------------------------------------------------------------------------------------------
 
   const chat = {
@@ -372,8 +383,8 @@
         const control = e.target.closest('[data-copy]');
         if (control) copyFrom(control, control.closest('.tgw-code').querySelector('code').textContent);
       });
-      new IntersectionObserver(([seen]) => { if (seen.isIntersecting) this.stick(true); }, { root: this.scroller, rootMargin: '0px 0px 48px' }).observe(this.bottom);
-      new IntersectionObserver(([seen]) => { if (seen.isIntersecting) this.older(); }, { root: this.scroller, rootMargin: '600px 0px 0px' }).observe(this.top);
+      near(this.bottom, this.scroller, '0px 0px 48px', () => { this.stick(true); this.trim(); });
+      this.beginning = near(this.top, this.scroller, '600px 0px 0px', () => this.older());
       // After layout and before painting: the end of the reply stays in sight while it grows, and when the composer or a keyboard takes room.
       const grown = new ResizeObserver(() => this.follow());
       grown.observe(this.scroller);
@@ -399,6 +410,16 @@
     },
     stick(stuck) { this.stuck = stuck; this.jump.hidden = stuck; },
     toBottom() { this.stick(true); this.follow(); },
+
+    /** At the bottom, let go of messages far above: even what is not painted costs the browser time in every frame. They load again on scroll. */
+    trim() {
+      if (!this.stuck || this.box.childElementCount <= MOST) return;
+      while (this.box.childElementCount > MOST - PAGE && !this.box.firstChild.classList.contains('editing')) {
+        this.views.delete(this.box.firstChild.dataset.id);
+        this.box.firstChild.remove();
+        this.earlier = true;
+      }
+    },
     follow() {
       if (!this.stuck) return;
       this.scroller.scrollTop = 1e9;
@@ -450,6 +471,7 @@
       for (const view of page.messages) this.put(view);
       this.retitle(page.title);
       this.changed();
+      this.beginning.again();
     },
 
     put(view) {
@@ -486,6 +508,7 @@
       this.box.prepend(...made.map((message) => message.el));
       this.lastTop = this.scroller.scrollTop = this.scroller.scrollHeight - below;
       requestAnimationFrame(() => { this.scroller.style.overflowAnchor = ''; });
+      this.beginning.again();
     },
 
     /** A turn began, here or in another tab: its messages replace the versions of themselves that are shown. */
@@ -500,6 +523,7 @@
         if (former) this.cut(former);
         this.put(view);
       }
+      this.trim();
       this.changed();
     },
 
@@ -595,7 +619,7 @@
         el('label.tgw-search', {}, icon('search'), this.field),
         el('nav.tgw-listbox', { 'aria-label': 'Conversations' }, this.list, this.empty, this.more));
       this.shade = el('div.tgw-shade', { onclick: () => this.toggle(false) });
-      new IntersectionObserver(([seen]) => { if (seen.isIntersecting && this.next) this.load(true); }, { root: this.list.parentNode, rootMargin: '300px' }).observe(this.more);
+      this.ending = near(this.more, this.list.parentNode, '300px', () => { if (this.next) this.load(true); });
       this.list.addEventListener('keydown', (e) => this.keys(e));
       return [this.el, this.shade];
     },
@@ -619,6 +643,7 @@
       this.next = page.next;
       for (const item of page.items) this.add(item);
       this.hint();
+      this.ending.again();
     },
 
     hint() {
@@ -768,8 +793,8 @@
     size() {
       const long = this.box.value.length > 20000;  // measuring it would be slow, and the answer is known
       this.box.classList.toggle('long', long);
+      this.box.style.height = '';
       if (long || CSS.supports('field-sizing', 'content')) return;
-      this.box.style.height = 'auto';
       this.box.style.height = `${this.box.scrollHeight}px`;
     },
 
@@ -900,7 +925,7 @@
   // --- events from the server --------------------------------------------------------------------------------------------------------
 
   const link = {
-    delay: 250, heard: 0, boot: null, down: false,
+    delay: 250, heard: 0, greeted: false, failures: 0,
 
     build() {
       this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: 'Reconnecting… What you type is kept.' });
@@ -926,7 +951,7 @@
     lost() {
       this.socket = null;
       if (!this.failures) this.warning = setTimeout(() => { this.banner.hidden = false; }, 1000);
-      this.failures = (this.failures || 0) + 1;
+      this.failures += 1;
       // A refused socket does not say why; an ordinary request does, and leads to the login if that is missing.
       if (this.failures === 3) api('GET', 'chat/session').catch(() => {});
       this.timer = setTimeout(() => this.connect(), this.delay * (0.75 + Math.random() / 2));
@@ -946,16 +971,17 @@
     receive(event) {
       const here = event.conversation === chat.id;
       if (event.reply) chat.received(event);
-      else if (event.type === 'hello') this.hello(event.boot);
+      else if (event.type === 'hello') this.hello();
       else if (event.type === 'model') model.show(event.status);
       else if (event.type === 'conversations') { event.changed?.forEach((item) => sidebar.changed(item)); event.deleted?.forEach((id) => sidebar.gone(id)); }
       else if (event.type === 'started' && here) chat.began(event.messages);
       else if (event.type === 'changed' && here) chat.reload();
     },
 
-    hello(boot) {
-      if (this.boot && this.boot !== boot) { sidebar.load(); chat.reload(); }
-      this.boot = boot;
+    /** After a break in the connection, events may be missing: everything shown is read again. */
+    hello() {
+      if (this.greeted) { sidebar.load(); chat.reload(); }
+      this.greeted = true;
     },
   };
 
@@ -1002,8 +1028,7 @@
   }
 
   function shownInAddress() {
-    const found = /^#c=(.+)$/.exec(location.hash);
-    return found ? decodeURIComponent(found[1]) : null;
+    return /^#c=([\w-]+)$/.exec(location.hash)?.[1] ?? null;
   }
 
   function setConversation(id, replace = false) {
@@ -1022,9 +1047,10 @@
   /** Keys that work anywhere on the Chat tab. */
   function keys(e) {
     if (!root.offsetParent || e.isComposing || e.defaultPrevented) return;
-    const reply = chat.lastOf('assistant');
+    const reply = chat.last()?.data.role === 'assistant' ? chat.last() : null;
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName) && (document.activeElement !== composer.box || composer.box.value);
-    if (e.key === 'Escape' && chat.running) { e.preventDefault(); chat.stop(); }
+    if (e.key === 'Escape' && PHONE.matches && !root.classList.contains('closed')) sidebar.toggle(false);
+    else if (e.key === 'Escape' && chat.running) { e.preventDefault(); chat.stop(); }
     else if (e.key === 'Enter' && (e.ctrlKey || e.metaKey) && reply) { e.preventDefault(); chat.regenerate(reply); }
     else if (e.key === 'Enter' && e.altKey && reply) { e.preventDefault(); chat.continue(reply); }
     else if ((e.key === 'ArrowLeft' || e.key === 'ArrowRight') && !typing && reply && !e.ctrlKey && !e.altKey && !e.metaKey && !e.shiftKey) turnPage(e, reply);
@@ -1032,7 +1058,7 @@
 
   /** Left and right show other versions of the last reply; right at the newest makes a new one. */
   function turnPage(e, reply) {
-    if (chat.running || reply !== chat.last()) return;
+    if (chat.running) return;
     const versions = reply.data.versions || [reply.data.id];
     const next = versions.indexOf(reply.data.id) + (e.key === 'ArrowLeft' ? -1 : 1);
     e.preventDefault();
@@ -1063,7 +1089,7 @@
         theme.apply();
         host.replaceChildren(el('div.tgw-brand', { textContent: TITLE }), model.chip, theme.control);
       }
-      if (kind === 'chat') { host.replaceChildren(root); composer.focus(); }
+      if (kind === 'chat') { host.replaceChildren(root); model.show(model.status); composer.focus(); }
       if (kind === 'status') model.card(host);
     },
   };
