@@ -25,7 +25,7 @@ SAVE_SECONDS = 1.0
 RING_EVENTS = 512
 FINISHED_KEPT = 64
 OWNERS_KEPT = 1000
-SAVE_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 120.0, 300.0)
+SAVE_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, *[10.0] * 60)
 
 
 @dataclass(frozen=True)
@@ -373,10 +373,11 @@ class Replies:
             return next((r for r in self._replies.values() if r.conversation == conversation and not r.finished.is_set()), None)
 
     def stop(self, owner: str, reply: str) -> None:
-        """Cancel one reply of `owner`; nothing if it has ended."""
+        """Cancel one reply of `owner`; nothing happens to one that has ended. Raises NotFound for one that is not known (any more)."""
         found = self.get(owner, reply)
-        if found:
-            found.cancel.cancel()
+        if found is None:
+            raise NotFound("This reply is not being written any more.")
+        found.cancel.cancel()
 
     # --- news and listeners ---------------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ DEFAULT_PRIORITY = (
 )
 MAX_DIGITS = 9
 """Of a token's number: no vocabulary needs more."""
+MAX_COUNT = 2**31 - 1
+"""Engines count in 32 bits."""
 DEFAULT_BREAKERS = '"\\n", ":", "\\"", "*"'
 
 
@@ -106,7 +108,7 @@ class SamplingParams(Options):
         group=CUTOFF,
         source="Holtzman et al. 2019, arXiv:1904.09751",
     )
-    top_k: int = knob(0, "Keep the k likeliest tokens. 0 is off.", range=(0, 200, 1), bounds=(0, None), group=CUTOFF)
+    top_k: int = knob(0, "Keep the k likeliest tokens. 0 is off.", range=(0, 200, 1), bounds=(0, MAX_COUNT), group=CUTOFF)
     min_p: float = knob(
         0.0,
         "Drop tokens less likely than this share of the likeliest one. 0 is off.",
@@ -177,7 +179,7 @@ class SamplingParams(Options):
         group=REPETITION,
         source="p-e-w, don't repeat yourself",
     )
-    dry_allowed_length: int = knob(2, "Sequences up to this long may repeat freely.", range=(1, 20, 1), bounds=(0, None), group=REPETITION)
+    dry_allowed_length: int = knob(2, "Sequences up to this long may repeat freely.", range=(1, 20, 1), bounds=(0, MAX_COUNT), group=REPETITION)
     dry_base: float = knob(
         1.75, "Growth of the DRY penalty: multiplier · base^(length − allowed length).", range=(1, 4, 0.01), bounds=(1, None), group=REPETITION
     )
@@ -199,9 +201,15 @@ class SamplingParams(Options):
     encoder_repetition_penalty: float = knob(
         1.0, "Above 1, favours tokens of the prompt; below 1, avoids them. 1 is off.", range=(0.8, 1.5, 0.01), bounds=(0.01, None), group=REPETITION
     )
-    no_repeat_ngram_size: int = knob(0, "Never repeat a sequence of so many tokens. 0 is off.", range=(0, 20, 1), bounds=(0, None), group=REPETITION)
+    no_repeat_ngram_size: int = knob(
+        0, "Never repeat a sequence of so many tokens. 0 is off.", range=(0, 20, 1), bounds=(0, MAX_COUNT), group=REPETITION
+    )
     repetition_penalty_range: int = knob(
-        1024, "How many last tokens the penalties and DRY look at. 0 is the whole context.", range=(0, 4096, 64), bounds=(0, None), group=REPETITION
+        1024,
+        "How many last tokens the penalties and DRY look at. 0 is the whole context.",
+        range=(0, 4096, 64),
+        bounds=(0, MAX_COUNT),
+        group=REPETITION,
     )
 
     penalty_alpha: float = knob(
@@ -247,15 +255,15 @@ class SamplingParams(Options):
         DEFAULT_PRIORITY, "Order of the samplers, first to last; those not listed run first.", group=OTHER, multiline=True
     )
 
-    max_new_tokens: int = knob(512, "Longest reply, in tokens.", range=(1, 4096, 1), bounds=(1, None), group=LENGTH)
+    max_new_tokens: int = knob(512, "Longest reply, in tokens.", range=(1, 4096, 1), bounds=(1, MAX_COUNT), group=LENGTH)
     auto_max_new_tokens: bool = knob(True, "Let a reply use all of the context that is left.", group=LENGTH)
     truncation_length: int = knob(
-        0, "Longest prompt together with the reply, in tokens. 0 is the model's context.", range=(0, 131072, 256), bounds=(0, None), group=LENGTH
+        0, "Longest prompt together with the reply, in tokens. 0 is the model's context.", range=(0, 131072, 256), bounds=(0, MAX_COUNT), group=LENGTH
     )
     seed: int = knob(
         -1, "The same seed and settings repeat a reply. −1 chooses one at random.", range=(-1, 2**31 - 1, 1), bounds=(-1, 2**32 - 1), group=LENGTH
     )
-    max_tokens_second: int = knob(0, "Slow down to so many tokens per second. 0 is off.", range=(0, 20, 1), bounds=(0, None), group=LENGTH)
+    max_tokens_second: int = knob(0, "Slow down to so many tokens per second. 0 is off.", range=(0, 20, 1), bounds=(0, MAX_COUNT), group=LENGTH)
 
     add_bos_token: bool = knob(True, "Begin the prompt with the model's BOS token (never twice).", group=TOKENS)
     ban_eos_token: bool = knob(False, "Never end by itself; the reply then ends at its longest or when stopped.", group=TOKENS)
@@ -265,7 +273,7 @@ class SamplingParams(Options):
     negative_prompt: str = knob("", "What guidance steers away from.", group=TOKENS, multiline=True)
     grammar_string: str = knob("", "A GBNF grammar that the reply must follow.", group=TOKENS, multiline=True, source="llama.cpp, GBNF")
     prompt_lookup_num_tokens: int = knob(
-        0, "Guess so many tokens ahead from the prompt itself. 0 is off.", range=(0, 10, 1), bounds=(0, None), group=TOKENS
+        0, "Guess so many tokens ahead from the prompt itself. 0 is off.", range=(0, 10, 1), bounds=(0, MAX_COUNT), group=TOKENS
     )
     static_cache: bool = knob(False, "Allocate the cache once, at full size.", group=TOKENS)
 

@@ -425,7 +425,8 @@ def test_news_of_owners_long_gone_are_forgotten(replies, monkeypatch):
 def test_nobody_reaches_the_reply_of_another(replies, quick):
     run = Running(replies).start()
     assert replies.get("bert", "m1") is None and replies.get("anna", "m1") is run.reply and replies.get("anna", "m2") is None
-    replies.stop("bert", "m1")
+    with pytest.raises(NotFound):
+        replies.stop("bert", "m1")
     assert not run.reply.cancel.cancelled
     run.pieces.end()
     run.wait()

@@ -45,8 +45,10 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
         auth_dependency=auth.gradio_user,
         ssr_mode=False,
         run_history=False,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         enable_monitoring=False,
         max_file_size=MAX_BODY_BYTES,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         **appearance(),
     )
     return Guard(api, auth, hosts)
@@ -119,7 +121,7 @@ def bind(settings: Settings) -> socket.socket:
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delay of 40 ms on
     system.claim_port(listener)
     try:
         listener.bind((host, port))

@@ -26,7 +26,7 @@ from websockets.sync.client import connect
 from modules import app, auth, guard, loaders, settings
 from modules.paths import UserData
 from modules.store import Store
-from modules.ui.serve import build_server
+from modules.ui.serve import bind, build_server
 from modules.ui.views import BlockPresenter
 from tests.fakes import WAIT, FakeBackend, FakeEngine, until
 
@@ -209,9 +209,15 @@ def live_app(folder: Path, *flags: str, users: dict[str, str] | None = None):
         built.close()
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 @contextmanager
 def _serving(asgi):
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = bind(settings.Settings(listen_port=free_port()))
     server = uvicorn.Server(uvicorn.Config(asgi, log_level="critical", timeout_graceful_shutdown=1, ws_max_size=2**17))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -283,7 +283,7 @@ def test_parameters_are_each_browsers_own_and_carry_a_revision(me, other, live):
         {"": 1},
         {"\ud800": 1},
         {"__class__": 1},
-        {"temperature": 0.5, "top_p": 5},
+        {"top_p": 5, "temperature": 0.5},
     ],
 )
 def test_a_parameter_out_of_range_changes_nothing(values, me):

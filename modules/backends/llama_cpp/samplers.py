@@ -11,7 +11,6 @@ from modules.samplers import DEFAULT_PRIORITY, SamplingParams
 WHOLE_CONTEXT = 0
 """`last_n` of penalties and DRY that means the whole context. (llama.cpp takes 0 and −1 as off; the chain puts the length in.)"""
 _COLDEST = 1e-5  # below it, dividing logits overflows; there it is greedy anyway
-_INT32 = 2**31 - 1
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _TEMPERATURES = ("temperature", "dynamic_temperature")
 
@@ -92,7 +91,7 @@ def _penalties(p: SamplingParams, _seed: int) -> Stage | None:
 def _dry(p: SamplingParams, _seed: int) -> Stage | None:
     if p.dry_multiplier == 0:
         return None
-    args = {"multiplier": p.dry_multiplier, "base": p.dry_base, "allowed_length": min(p.dry_allowed_length, _INT32)}
+    args = {"multiplier": p.dry_multiplier, "base": p.dry_base, "allowed_length": p.dry_allowed_length}
     return Stage("dry", {**args, "last_n": p.repetition_penalty_range, "breakers": list(p.breakers)})
 
 
@@ -120,7 +119,7 @@ def _xtc(p: SamplingParams, seed: int) -> Stage | None:
 def _simple(name: str, neutral: float) -> Maker:
     def make(params: SamplingParams, _seed: int) -> Stage | None:
         value = getattr(params, name)
-        return Stage(name, {"value": min(value, _INT32)}) if value != neutral else None
+        return Stage(name, {"value": value}) if value != neutral else None
 
     return make
 
