@@ -182,19 +182,17 @@ def measure(bench: Bench, page: Any, owner: Identity, runs: int) -> None:
             ended(bench, conversation)
             cpu.append(bench.backend.cpu * 1000)
         rows[messages] = (statistics.median(cpu[1:]), statistics.median(paint[1:]))
-        print(f"{messages:5} messages: server CPU {rows[messages][0]:.3f} ms a token, last token painted after {rows[messages][1]:.1f} ms", flush=True)
+        token, last = rows[messages]
+        print(f"{messages:5} messages: server CPU {token:.3f} ms a token, last token painted after {last:.1f} ms", flush=True)
     few, many = rows[HISTORIES[0]], rows[HISTORIES[-1]]
     print(f"1,000 over 10 messages: CPU {many[0] / few[0]:.2f}, paint {many[1] / few[1]:.2f} ({many[1] - few[1]:+.1f} ms)")
     first = []
     bench.backend.tokens = 5
     for _ in range(20):
-        painted = ask(bench, page, WORDS[0] if False else LAST_FIRST)
+        painted = ask(bench, page, WORDS[0])
         first.append((painted - bench.backend.first) * 1000)
         ended(bench, conversation)
     print(f"first token painted {statistics.median(first):.1f} ms after the engine produced it (median of 20, worst {max(first):.1f})")
-
-
-LAST_FIRST = WORDS[0]
 
 
 def main() -> None:

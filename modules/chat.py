@@ -193,12 +193,7 @@ def _start(app: App, who: Identity, conversation: Conversation, messages: tuple[
     def pieces() -> Iterable[Piece]:
         return split_reply(generate_reply(app, request), request, prompt.prompt)
 
-    def save(message: Message) -> None:
-        app.store.save(message)
-        if message.state != "running":
-            announce(app, who.owner, conversation.id)
-
-    app.replies.start(running, pieces, save)
+    app.replies.start(running, pieces, app.store.save)
     app.replies.tell(who.owner, "started", {"conversation": conversation.id, "messages": [m.id for m in messages]})
     announce(app, who.owner, conversation.id)
     return Turn(conversation, messages, running)

@@ -183,6 +183,8 @@ class ModelSlot:
         path = literal if anywhere and literal.exists() else self._data.model_path(name)
         found = loaders.named(loader) if loader else loaders.detect(path)
         configured = self._options.get(found.options) or found.options()
+        if not loader:  # who lets the loader be found cannot know whose options count
+            options = {name: value for name, value in (options or {}).items() if name in found.options.model_fields}
         return Choice(path.name if path is literal else name, path, found, configured.replace(options or {}, found.name))
 
     def load(self, choice: Choice) -> None:

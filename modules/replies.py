@@ -275,6 +275,8 @@ class Reply:
         problem = self._save_final(save, message)
         with self._present_lock:
             self._message = message
+            if not problem:
+                self.finished.set()  # before the end is told: who hears of it may send the next message at once
             self.ring.append("end", self._presenter.end(_with_problem(message, problem)))
         wake()
         if problem:
@@ -348,7 +350,11 @@ class Replies:
         def wake() -> None:
             self.wake(reply.owner)
 
-        threading.Thread(target=reply.publish, args=(save, wake, self._closing), name=f"publish-{reply.id[:8]}", daemon=True).start()
+        def publish() -> None:
+            reply.publish(save, wake, self._closing)
+            self.tell(reply.owner, "conversation", {"id": reply.conversation})  # it is no longer running
+
+        threading.Thread(target=publish, name=f"publish-{reply.id[:8]}", daemon=True).start()
 
     def _forget_finished(self) -> None:
         finished = [key for key, reply in self._replies.items() if reply.finished.is_set()]

@@ -1,0 +1,1 @@
+"""Engines. `base.py` says what one is; `modules.loaders` lists them."""

@@ -45,7 +45,6 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
         auth_dependency=auth.gradio_user,
         ssr_mode=False,
         run_history=False,
-        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         enable_monitoring=False,
         max_file_size=MAX_BODY_BYTES,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
@@ -67,7 +66,6 @@ def _add_errors(api: FastAPI) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, "InvalidRequest", f"The request is not as expected: {where}: {first['msg']}.")
-
 
     @api.exception_handler(AnyHTTPException)
     def refused(_: Request, error: AnyHTTPException) -> JSONResponse:

@@ -233,7 +233,9 @@ def test_what_a_foreign_form_can_send_changes_nothing(method, path, me, live):
     assert me.json("GET", "/chat/conversations")["items"] == []
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}])
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+)
 def test_foreign_pages_and_names_are_refused_with_a_cookie_too(headers, me):
     response = me.post("/chat/messages", json={"conversation": None, "text": "Hi", "revision": 0}, headers=headers)
     assert response.status_code == 403 and response.json()["error"]["code"] == "AccessDenied"
@@ -509,7 +511,9 @@ def test_a_body_without_end_is_not_read(path, chunked, me, monkeypatch):
         assert "1 MB" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("text", ["a\0b\x01\x1b[31m", "\x7fELF\x02\x01\x01\0\0\0" * 50, "\ufffe\uffff", "\u202eabc", "e\u0301" * 20, "\U0001f468\u200d\U0001f469"])
+@pytest.mark.parametrize(
+    "text", ["a\0b\x01\x1b[31m", "\x7fELF\x02\x01\x01\0\0\0" * 50, "\ufffe\uffff", "\u202eabc", "e\u0301" * 20, "\U0001f468\u200d\U0001f469"]
+)
 def test_binary_in_a_message_is_a_message(text, me):
     turn = me.ask(text)
     assert turn["messages"][0]["text"] == text
