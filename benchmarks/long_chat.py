@@ -42,7 +42,8 @@ WORDS = ["Here", "is", "a", "**short**", "paragraph", "with", "`code`", "and", "
 class Metronome:
     """A backend that writes `tokens` words at a steady pace and notes when."""
 
-    name, context_length, chat_template, bos_token, eos_token = "metronome", 10_000_000, None, "", ""
+    name, context_length, bos_token, eos_token = "metronome", 10_000_000, "", ""
+    chat_template: str | None = None
     features = frozenset({"parallel"})
 
     def __init__(self, tokens: int) -> None:

@@ -183,8 +183,9 @@ class ModelSlot:
         path = literal if anywhere and literal.exists() else self._data.model_path(name)
         found = loaders.named(loader) if loader else loaders.detect(path)
         configured = self._options.get(found.options) or found.options()
-        if not loader:  # who lets the loader be found cannot know whose options count
-            options = {name: value for name, value in (options or {}).items() if name in found.options.model_fields}
+        if not loader:  # who lets the loader be found cannot know whose options count: those of the others are left out
+            others = {name for other in loaders.LOADERS for name in other.options.model_fields} - set(found.options.model_fields)
+            options = {name: value for name, value in (options or {}).items() if name not in others}
         return Choice(path.name if path is literal else name, path, found, configured.replace(options or {}, found.name))
 
     def load(self, choice: Choice) -> None:

@@ -254,7 +254,8 @@ def test_a_disk_that_is_full_costs_the_message_not_the_chat(app, backend, monkey
 
 def test_stop_keeps_what_was_written(app):
     turn = held(app)
-    app.replies.stop("bert", turn.reply.id)
+    with pytest.raises(NotFound):
+        app.replies.stop("bert", turn.reply.id)
     assert not turn.reply.finished.is_set()
     app.replies.stop("anna", turn.reply.id)
     finish(turn)
@@ -297,7 +298,7 @@ def test_deleting_a_chat_stops_its_reply(app, backend):
     chat.delete(app, ANNA, turn.conversation.id)
     finish(turn)
     assert turn.reply.cancel.cancelled and nothing_is_saved(app)
-    assert [e.type for e in app.replies.news("anna").after(0)][-1] == "deleted"
+    assert "deleted" in [e.type for e in app.replies.news("anna").after(0)]
     until(lambda: backend.at_once == 0)
 
 
