@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 def main(argv: Sequence[str]) -> int:
     """Run the server until a signal ends it; the result is the process's exit code."""
     log.setup()
+    system.exit_when_terminated()
     try:
         configuration = launch.configure(ROOT, argv)
         log.setup(configuration.settings.verbose)

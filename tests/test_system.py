@@ -43,8 +43,8 @@ def gone(pid: int) -> bool:
 
 
 def python(code: str, *arguments: str, **options) -> subprocess.Popen[bytes]:
-    # A test run in the background has SIGINT ignored and would pass that on.
-    restore = None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A test run in the background has SIGINT ignored, one under nohup SIGHUP, and would pass that on.
+    restore = None if sys.platform == "win32" else lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]
     return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=restore, **options)
 
 
@@ -171,7 +171,7 @@ def test_run_child_gives_the_exit_code(code, expected):
 CHILD = """
 import os, signal, sys, time
 def end(number, frame):
-    print("got", number, flush=True); sys.exit(40 + number)
+    os.write(1, b"got %d\\n" % number); sys.exit(40 + number)  # print may be under way
 for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(n, end)
 print(os.getpid(), flush=True); time.sleep(120)
 """

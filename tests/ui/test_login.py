@@ -281,37 +281,34 @@ def many_controls():
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
-def test_the_page_works_under_its_policy_in_chromium(serve) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
+def test_the_page_works_under_its_policy_in_chromium(serve, chromium) -> None:
+    from playwright import sync_api
+
     url = serve(USERS, many_controls)
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags.split())
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        asked, said = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.goto(url)
-        assert page.url.endswith("/login?next=/")
-        assert page.evaluate("document.activeElement.id") == "username"
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.keyboard.type("ann")
-        page.keyboard.press("Tab")
-        page.keyboard.type("wrong")
-        page.keyboard.press("Enter")
-        page.get_by_role("alert").wait_for()
-        assert page.evaluate("document.activeElement.id") == "password" and page.get_by_label("Name").input_value() == "ann"
-        page.keyboard.type("secret")
-        page.keyboard.press("Enter")
-        page.get_by_label("Input", exact=True).fill("hello", timeout=30_000)
-        page.get_by_role("button", name="Go").click()
-        sync_api.expect(page.get_by_label("Output", exact=True)).to_have_value("hello for ann", timeout=20_000)
-        sync_api.expect(page.locator("#shown")).to_be_visible()
-        listen = "const s = new WebSocket(`ws://${location.host}/events`); s.onmessage = e => done(e.data); s.onerror = () => done('refused')"
-        assert page.evaluate(f"new Promise(done => {{ {listen} }})") == "user-ann"
-        assert page.evaluate("window.injected") is None  # the handler in the HTML was refused...
-        refused = [text for text in said if "Content Security Policy" in text]
-        assert refused and all("event handler" in text for text in refused)  # ...and nothing else was
-        assert not [request for request in asked if not request.startswith((url, "data:", "blob:"))]
-        browser.close()
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(url)
+    assert page.url.endswith("/login?next=/")
+    assert page.evaluate("document.activeElement.id") == "username"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.keyboard.type("ann")
+    page.keyboard.press("Tab")
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    assert page.evaluate("document.activeElement.id") == "password" and page.get_by_label("Name").input_value() == "ann"
+    page.keyboard.type("secret")
+    page.keyboard.press("Enter")
+    page.get_by_label("Input", exact=True).fill("hello", timeout=30_000)
+    page.get_by_role("button", name="Go").click()
+    sync_api.expect(page.get_by_label("Output", exact=True)).to_have_value("hello for ann", timeout=20_000)
+    sync_api.expect(page.locator("#shown")).to_be_visible()
+    listen = "const s = new WebSocket(`ws://${location.host}/events`); s.onmessage = e => done(e.data); s.onerror = () => done('refused')"
+    assert page.evaluate(f"new Promise(done => {{ {listen} }})") == "user-ann"
+    assert page.evaluate("window.injected") is None  # the handler in the HTML was refused...
+    refused = [text for text in said if "Content Security Policy" in text]
+    assert refused and all("event handler" in text for text in refused)  # ...and nothing else was
+    assert not [request for request in asked if not request.startswith((url, "data:", "blob:"))]
+    page.context.close()
