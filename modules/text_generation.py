@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from modules.app import App
-from modules.backends.base import Chunk, GenerationRequest
+from modules.backends.base import Backend, Chunk, GenerationRequest
 from modules.log import logger
 from modules.replies import Piece
 from modules.streams import ReplyStream
@@ -24,7 +24,7 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
             yield Chunk(finish_reason="cancelled")
             return
         if app.settings.verbose:
-            _log_request(request)
+            _log_request(request, backend)
         began, last = time.monotonic(), Chunk()
         stream = backend.generate(request)
         try:
@@ -76,14 +76,15 @@ def _paced(stream: Iterator[Chunk], request: GenerationRequest) -> Iterator[Chun
             request.cancel.wait(max(0.0, began + chunk.completion_tokens / limit - time.monotonic()))
 
 
-def _log_request(request: GenerationRequest) -> None:
-    prompt = request.prompt if isinstance(request.prompt, str) else f"{len(request.prompt)} token ids"
+def _log_request(request: GenerationRequest, backend: Backend) -> None:
+    prompt = request.prompt if isinstance(request.prompt, str) else backend.decode(request.prompt)
     logger.info("Prompt:\n%s", prompt)
     logger.info("Parameters: %s, stop %s, seed %d", request.sampling.differences() or "defaults", list(request.stop), request.seed)
 
 
 def _log_result(last: Chunk, seconds: float, context_length: int, seed: int) -> None:
-    speed = (last.completion_tokens - 1) / last.timings.decode_seconds if last.timings and last.timings.decode_seconds else 0.0
+    decoding = (last.timings and last.timings.decode_seconds) or seconds  # without the prompt, where the engine tells
+    speed = max(0, last.completion_tokens - 1) / decoding if decoding else 0.0
     logger.info(
         "Output generated in %.2f s (%.2f tokens/s, %d tokens, context %d of %d, seed %d, %s)",
         seconds,

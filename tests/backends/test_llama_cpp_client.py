@@ -398,6 +398,12 @@ def test_a_command_that_is_no_engine():
         noisy.call("ping", {})
 
 
+def test_a_process_that_dies_at_once_never_leaves_a_caller_waiting():
+    for _ in range(15):  # the threads race with the death
+        with pytest.raises(EngineDied, match="exit code 3"):
+            Connection((sys.executable, "-S", "-c", "import os; os._exit(3)")).call("ping", {}).last()
+
+
 def test_close_forces_a_process_that_does_not_listen():
     deaf = Connection((sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"))
     call = deaf.call("ping", {})

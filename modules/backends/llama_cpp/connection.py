@@ -138,9 +138,11 @@ class Connection:
             self._process = start_child(command, cwd=ROOT, env=environment(os.environ), **pipes)
         except OSError as error:
             raise ModelError(f"The engine could not be started: {error.strerror or error}. Free some memory and try again.") from error
+        # The reader comes last: when the process dies at once, it waits for the listener, which must have been started.
         self._threads = [
-            threading.Thread(target=work, name=f"engine-{work.__name__}", daemon=True) for work in (self._write, self._read, self._listen)
+            threading.Thread(target=work, name=f"engine-{work.__name__}", daemon=True) for work in (self._listen, self._write, self._read)
         ]
+        self._listener = self._threads[0]
         for thread in self._threads:
             thread.start()
 
@@ -237,7 +239,7 @@ class Connection:
             self._process.wait()
         self._process.stdout.close()
         self._out.put(None)
-        self._threads[2].join(1)  # its last words belong into the message
+        self._listener.join(1)  # its last words belong into the message
         with self._lock:
             self._death = self._ending or self._unexpected_death()
             calls = list(self._calls.values())
