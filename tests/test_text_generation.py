@@ -44,10 +44,10 @@ def test_raw_text_comes_through_and_the_end_is_logged(app, said):
 def test_verbose_prints_prompt_and_parameters(tmp_path, monkeypatch, said):
     app = make_app(tmp_path, monkeypatch, "--verbose")
     list(generate_reply(app, GenerationRequest("the prompt", SamplingParams(top_k=3), seed=7, stop=("x",))))
-    list(generate_reply(app, GenerationRequest((1, 2, 3))))
+    list(generate_reply(app, GenerationRequest((97, 98, 99))))
     app.close()
     text = said.getvalue()
-    assert "Prompt:\nthe prompt" in text and "{'top_k': 3}, stop ['x'], seed 7" in text and "Prompt:\n3 token ids" in text
+    assert "Prompt:\nthe prompt" in text and "{'top_k': 3}, stop ['x'], seed 7" in text and "Prompt:\nabc" in text
     assert "Parameters: defaults" in text
 
 
