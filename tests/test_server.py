@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from tests.fakes import until
-from tests.ui.live import free_port, servers
+from tests.ui.live import ROOT, Browser, Message, free_port, servers
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 WORDS = [f"word{n}" for n in range(400)]
@@ -204,3 +205,73 @@ def test_a_killed_engine_costs_a_message_and_a_killed_server_leaves_none(start, 
     server.kill()
     engine.wait(10)
     assert not engine.is_running()
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "told"),
+    [
+        ("conversations.sqlite3", b"this is no database" * 100, r"conversations\.sqlite3.*backup"),
+        ("models", b"a file", r"Cannot create .*models.*--user-data-dir"),
+        ("settings.yaml", b"\xff\xfe", r"settings\.yaml.*not UTF-8"),
+    ],
+)
+def test_a_damaged_folder_ends_the_start_and_is_left_as_it_is(start, tmp_path, place, content, told):
+    (tmp_path / place).write_bytes(content)
+    server = start(tmp_path, port())
+    assert server.ends() == 1
+    assert re.search(told, server.output) and "Traceback" not in server.output
+    assert (tmp_path / place).read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_made_is_named(start, tmp_path):
+    """Root may write everywhere, so a file stands where the folder should be made."""
+    (tmp_path / "file").write_text("")
+    server = start(tmp_path / "file" / "user_data", port())
+    assert server.ends() == 1
+    assert "user_data" in server.output and "--user-data-dir" in server.output and "Traceback" not in server.output
+
+
+def test_a_run_leaves_the_programs_folder_as_it_was(start, tmp_path):
+    """In a copy, since other tests run in the real one at the same time."""
+    clone, folder = tmp_path / "clone", echo(tmp_path / "user_data", ["Hello"])
+    shutil.copytree(ROOT / "modules", clone / "modules", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("server.py", "settings.yaml", "CMD_FLAGS.txt"):
+        shutil.copy2(ROOT / name, clone / name)
+    before = {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()}
+    server = start(folder, port(), root=clone, env={"PYTHONDONTWRITEBYTECODE": "1"}).up()
+    with server.ready() as me:
+        me.get("/", headers={"Accept": "text/html"})
+        me.ended(me.ask("Hi")["conversation"]["id"])
+        me.json("PATCH", "/chat/session", {"temperature": 0.5})
+        me.json("POST", "/chat/session/save", {})
+    server.interrupt(signal.SIGTERM)
+    assert (folder / "settings.yaml").read_text() == "temperature: 0.5\n"
+    assert {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [".lock", "cache", "conversations.sqlite3", "loras", "models", "sessions.json", "settings.yaml"]
+    )
+
+
+def test_without_logins_the_cookie_is_still_the_owner_after_a_restart(start, tmp_path):
+    server = start(echo(tmp_path), port()).up()
+    me = server.ready()
+    turn = me.ask("Go")
+    id, reply = turn["conversation"]["id"], turn["messages"][1]["id"]
+    with me.tab() as tab:  # a reload in the middle: the conversation as it is, then what comes
+        until(lambda: "word10" in me.messages(id)[-1]["text"])
+        assert me.messages(id)[-1]["state"] == "running"
+        tab.follow(id, {reply: 0})
+        page = Message()
+        page.take(tab.until("snapshot"))
+        page.take(tab.until("update", lambda event: event["reply"] == reply))
+        assert "word10" in page.blocks[0] and page.seen[1] == page.seen[0] + 1
+        boot = next(event["boot"] for event in tab.events if event["type"] == "hello")
+    server.kill()
+    start(tmp_path, server_port(server)).up()
+    assert me.messages(id)[-1]["state"] == "interrupted"
+    with me.tab() as tab:
+        assert tab.until("hello")["boot"] != boot
+        tab.follow(id, {reply: page.seen[-1]})
+        assert tab.until("end")["message"]["state"] == "interrupted"
+    with Browser(me.url, tmp_path) as stranger:
+        stranger.json("GET", f"/chat/conversations/{id}", status=404)

@@ -183,7 +183,7 @@ class Live:
 
     def let_go(self) -> None:
         for backend in self.engine.loaded:
-            backend.gate.release(10**6)
+            backend.gate.release(1000)
 
     def browser(self) -> Browser:
         return Browser(self.url, self.app.data.root)
@@ -231,14 +231,14 @@ def _serving(asgi):
 
 
 class Server:
-    """A `server.py` process of its own; `lines` is what it has printed. Started with `started()`."""
+    """A `server.py` process of its own, of the program in `root`; `lines` is what it has printed. `up()` waits for the page."""
 
-    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None, root: Path = ROOT) -> None:
         self.folder, self.lines, self.url = folder, [], ""
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), "--user-data-dir", str(folder), *flags],
-            cwd=folder,
+            [sys.executable, str(root / "server.py"), "--user-data-dir", str(folder), *flags],
+            cwd=root,
             env={**os.environ, "NO_COLOR": "1", **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,12 +1,14 @@
 """The tab's WebSocket: resume, snapshots, several listeners, keep-alive, news of the list, and who may listen."""
 
 import json
+import socket
 import threading
 
 import pytest
 from websockets.exceptions import InvalidStatus
 
 from modules import replies
+from modules.errors import DataError
 from modules.ui import events
 from modules.ui.render import render_blocks
 from tests.fakes import until
@@ -82,7 +84,7 @@ def test_a_tab_that_comes_back_gets_what_it_missed_and_no_more(live, me):
 
 
 def test_a_tab_older_than_the_ring_gets_a_snapshot(live, me, monkeypatch):
-    monkeypatch.setattr(replies.Ring.__init__, "__defaults__", (3,))
+    monkeypatch.setattr(replies.Ring.__init__, "__defaults__", (3, 0))
     monkeypatch.setattr(replies, "PUBLISH_SECONDS", 0.0)
     conversation, reply = held(live, me)
     ring = live.app.replies.running(conversation).ring
@@ -169,7 +171,7 @@ def test_nobody_hears_of_another_owners_reply(live, me):
         tab.follow(conversation, {reply: 0})
         theirs = ids(other.ask("Mine"))
         tab.until("conversations", lambda event: event["changed"] and event["changed"][0]["id"] == theirs[0])
-        live.say(len(MARKDOWN))
+        live.let_go()
         me.ended(conversation)
         until(lambda: other.messages(theirs[0])[-1]["state"] != "running")
         tab.follow(theirs[0], {theirs[1]: 0})
@@ -228,3 +230,145 @@ def test_a_login_that_ends_closes_the_connection(tmp_path, monkeypatch):
             browser.post("/logout", headers={"Origin": live.url})
             listener.join(20)
         assert closed == [1008]
+
+
+def test_a_continued_reply_is_not_mistaken_for_the_one_before(live, me, monkeypatch):
+    monkeypatch.setattr(replies, "PUBLISH_SECONDS", 0.0)
+    conversation, reply = held(live, me, said=20)
+    live.let_go()
+    me.ended(conversation)
+    seen = live.app.replies.get(live.auth.need(me).owner, reply).ring.last - 2  # a tab that slept through the end
+    live.hold(*"Once again, with many more words than before to be said.")
+    me.json("POST", "/chat/continue", {"conversation": conversation, "message": reply, "revision": me.revision}, 202)
+    for _ in range(seen + 3):
+        before = live.app.replies.running(conversation).ring.last
+        live.say()
+        until(lambda now=before: live.app.replies.running(conversation).ring.last > now)
+    with me.tab() as tab:
+        tab.follow(conversation, {reply: seen})
+        page = Message()
+        page.take(tab.until("snapshot"))
+        live.let_go()
+        page.follow(tab, reply)
+    assert page.blocks == page.final["blocks"] and page.final["text"].endswith("be said.")
+
+
+def test_a_reply_that_an_earlier_server_was_writing_is_told_as_interrupted(tmp_path):
+    with live_app(tmp_path) as live, live.browser() as me:
+        save = live.app.store.save
+        live.app.store.save = lambda message: save(message) if message.state == "running" else None  # as if killed: no last save
+        live.hold("a", "b")
+        conversation, reply = ids(me.ask("Hi"))
+        live.say()
+        until(lambda: me.messages(conversation)[-1]["text"] == "a")
+        cookies = dict(me.cookies)
+    with live_app(tmp_path) as live, live.browser() as me:
+        me.cookies.update(cookies)
+        with me.tab() as tab:
+            tab.follow(conversation, {reply: 3})
+            view = tab.until("end", lambda event: event["reply"] == reply)["message"]
+        assert (view["state"], view["text"]) == ("interrupted", "a")
+
+
+def test_a_tab_that_reads_nothing_costs_no_memory_and_no_time(live, me, monkeypatch):
+    """It holds a cursor, not a queue: what it has not read is not kept for it."""
+    monkeypatch.setattr(replies, "PUBLISH_SECONDS", 0.0)
+    sent = []
+    real = events._send
+    monkeypatch.setattr(events, "_send", lambda socket, message: sent.append(message) or real(socket, message))
+    script = ["word " * 200 + "\n\n"] * 300
+    live.hold(*script)
+    conversation, reply = ids(me.ask("Hi"))
+    with me.tab(max_queue=1) as deaf, me.tab() as tab:
+        deaf.follow(conversation, {reply: 0})
+        tab.follow(conversation, {reply: 0})
+        tab.until("model")
+        live.say(len(script))
+        page = Message().follow(tab, reply)  # the one that reads waits for nobody
+        assert len(page.blocks) == len(script)
+        assert len(live.app.replies.get(live.auth.need(me).owner, reply).ring._events) <= replies.RING_EVENTS
+    assert len(sent) < 3 * len(script) + 50
+
+
+def test_a_hundred_half_open_sockets(live, me):
+    """Handshakes begun and never ended, as by a phone that left the network."""
+    host, port = live.url.removeprefix("http://").split(":")
+    open_sockets = [socket.create_connection((host, int(port)), timeout=20) for _ in range(100)]
+    try:
+        for each in open_sockets:
+            each.sendall(b"GET /chat/events HTTP/1.1\r\nHost: " + host.encode())
+        assert me.ended(ids(me.ask("Hi"))[0])["text"] == "Hello world"
+        with me.tab() as tab:
+            assert tab.until("model")
+    finally:
+        for each in open_sockets:
+            each.close()
+
+
+@pytest.mark.parametrize("frame", [b"\x00\xff", "[" * 60_000, '{"type":"follow","conversation":"\\ud800","replies":{"\\ud800":1}}', "x" * 100_000])
+def test_a_hostile_frame_ends_at_most_its_own_connection(live, me, frame):
+    with me.tab() as tab, me.tab() as other:
+        tab.until("hello")
+        tab.socket.send(frame)
+        other.until("model")
+        conversation = ids(me.ask("Hi"))[0]
+        other.until("conversations", lambda event: event["changed"][0]["id"] == conversation)
+
+
+def test_a_frame_beyond_all_limits_closes_its_connection(live, me):
+    with me.tab() as tab:
+        tab.until("hello")
+        tab.socket.send("x" * 2**18)
+        assert tab.closed() == 1009
+
+
+def test_only_so_many_replies_are_followed(live, me):
+    conversation, reply = held(live, me)
+    with me.tab() as tab:
+        tab.follow(conversation, {**{f"x{n}": 0 for n in range(100)}, "y": True, "z": -5})
+        assert tab.until("update")["reply"] == reply  # the one that runs is followed without being named
+
+
+def test_a_tab_that_missed_news_of_the_list_is_told_to_load_it_again(live, me):
+    tab = events.Tab(live.app, live.auth.need(me))
+    list(tab.news())
+    for _ in range(replies.RING_EVENTS + 1):
+        live.app.replies.tell(live.auth.need(me).owner, "deleted", {"id": "x"})
+    told = list(tab.news())
+    assert [event["type"] for event in told] == ["hello"] and told[0]["boot"] != events.BOOT
+    assert list(tab.news()) == []
+
+
+def test_news_of_what_is_gone_meanwhile_are_left_out(live, me):
+    who = live.auth.need(me)
+    tab = events.Tab(live.app, who)
+    list(tab.news())
+    tab.follow({"conversation": "gone"})
+    live.app.replies.tell(who.owner, "conversation", {"id": "gone"})
+    live.app.replies.tell(who.owner, "started", {"conversation": "gone", "messages": ["m"]})
+    assert [event["type"] for event in tab.news()] == []
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_and_the_reply_saved_later(live, me, monkeypatch):
+    full = threading.Event()
+    full.set()
+    real = live.app.store.save
+
+    def save(message):
+        if full.is_set():
+            raise DataError("The conversations cannot be written: the disk is full. Free some space and try again.")
+        real(message)
+
+    monkeypatch.setattr(replies, "SAVE_RETRY_SECONDS", (0.01,) * 2000)
+    monkeypatch.setattr(live.app.store, "save", save, raising=False)
+    with me.tab() as tab:
+        conversation, reply = ids(me.ask("Hi"))
+        tab.follow(conversation, {reply: 0})
+        view = tab.until("end")["message"]
+        assert view["text"] == "Hello world" and "not saved yet" in view["error"] and "Free some space" in view["error"]
+        assert me.messages(conversation)[-1]["text"] == "Hello world"  # from memory
+        full.clear()
+        until(lambda: me.messages(conversation)[-1]["state"] == "done")
+    owner = live.auth.need(me).owner
+    until(lambda: live.app.store.conversation(owner, conversation)[reply].text == "Hello world")
+    me.ended(ids(me.ask("Next", conversation))[0])
