@@ -40,7 +40,7 @@ def test_without_one_the_next_free_port_is_found(bound, monkeypatch):
         monkeypatch.setattr(serve, "DEFAULT_PORT", taken.getsockname()[1])
         assert bound().getsockname()[1] > serve.DEFAULT_PORT
         monkeypatch.setattr(serve, "PORTS_TRIED", 1)
-        with pytest.raises(InUse, match="are all in use.*--listen-port"):
+        with pytest.raises(InUse, match=r"are all in use.*--listen-port"):
             bound()
 
 

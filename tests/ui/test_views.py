@@ -1,5 +1,6 @@
 """What the page is told, as JSON."""
 
+import itertools
 import json
 
 import pytest
@@ -14,7 +15,9 @@ from modules.ui.render import render_blocks
 from modules.ui.views import BlockPresenter, info_view, message_view, stats_view, status_view
 from tests.ui.live import Message as Shown
 
-MARKDOWN = "# T\n\nA *b* `c`\n\n```py\nx = 1\ny = 2\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n1. one\n2. two\n\n$$x^2$$\n\n<script>alert(1)</script>\n\nEnd"
+MARKDOWN = (
+    "# T\n\nA *b* `c`\n\n```py\nx = 1\ny = 2\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n1. one\n2. two\n\n$$x^2$$\n\n<script>alert(1)</script>\n\nEnd"  # noqa: E501
+)
 
 
 def test_a_users_text_is_shown_as_typed_and_a_replys_as_markdown():
@@ -59,7 +62,7 @@ def test_however_the_text_is_cut_the_page_ends_with_the_same_blocks(cuts, late):
     """One page takes every update, another begins with a snapshot in the middle."""
     presenter, early, later = BlockPresenter(), Shown(), Shown()
     edges = [0, *sorted(cuts), len(MARKDOWN)]
-    for number, (begin, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+    for number, (begin, end) in enumerate(itertools.pairwise(edges), 1):
         presenter.feed(MARKDOWN[begin:end], "")
         update = told(presenter, number, "update", presenter.update(Stats(), end == len(MARKDOWN) and number == len(edges) - 1))
         early.take(update)
