@@ -30,7 +30,7 @@ def configure(root: Path, argv: Sequence[str]) -> Configuration:
 def _texts(path: Path) -> tuple[Text, ...]:
     try:
         return (Text(str(path), path.read_text("utf-8-sig")),)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the second: the user's folder cannot be made, which is told when it is tried
         return ()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -239,11 +239,11 @@ def test_a_run_leaves_the_programs_folder_as_it_was(start, tmp_path):
         shutil.copy2(ROOT / name, clone / name)
     before = {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()}
     server = start(folder, port(), root=clone, env={"PYTHONDONTWRITEBYTECODE": "1"}).up()
-    with server.ready() as me:
-        me.get("/", headers={"Accept": "text/html"})
-        me.ended(me.ask("Hi")["conversation"]["id"])
-        me.json("PATCH", "/chat/session", {"temperature": 0.5})
-        me.json("POST", "/chat/session/save", {})
+    me = server.ready()
+    me.get("/", headers={"Accept": "text/html"})
+    me.ended(me.ask("Hi")["conversation"]["id"])
+    me.json("PATCH", "/chat/session", {"temperature": 0.5})
+    me.json("POST", "/chat/session/save", {})
     server.interrupt(signal.SIGTERM)
     assert (folder / "settings.yaml").read_text() == "temperature: 0.5\n"
     assert {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()} == before
@@ -258,13 +258,13 @@ def test_without_logins_the_cookie_is_still_the_owner_after_a_restart(start, tmp
     turn = me.ask("Go")
     id, reply = turn["conversation"]["id"], turn["messages"][1]["id"]
     with me.tab() as tab:  # a reload in the middle: the conversation as it is, then what comes
-        until(lambda: "word10" in me.messages(id)[-1]["text"])
+        until(lambda: "word60" in me.messages(id)[-1]["text"])
         assert me.messages(id)[-1]["state"] == "running"
         tab.follow(id, {reply: 0})
         page = Message()
         page.take(tab.until("snapshot"))
         page.take(tab.until("update", lambda event: event["reply"] == reply))
-        assert "word10" in page.blocks[0] and page.seen[1] == page.seen[0] + 1
+        assert "word60" in page.blocks[0] and page.seen[1] == page.seen[0] + 1
         boot = next(event["boot"] for event in tab.events if event["type"] == "hello")
     server.kill()
     start(tmp_path, server_port(server)).up()

@@ -16,7 +16,7 @@ from modules.ui.views import BlockPresenter, info_view, message_view, stats_view
 from tests.ui.live import Message as Shown
 
 MARKDOWN = (
-    "# T\n\nA *b* `c`\n\n```py\nx = 1\ny = 2\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n1. one\n2. two\n\n$$x^2$$\n\n<script>alert(1)</script>\n\nEnd"  # noqa: E501
+    "# T\n\nA *b* `c`\n\n```py\nx = 1\ny = 2\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n1. one\n2. two\n\n$$x^2$$\n\n<script>alert(1)</script>\n\nEnd"
 )
 
 
