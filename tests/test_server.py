@@ -203,7 +203,7 @@ def test_a_killed_engine_costs_a_message_and_a_killed_server_leaves_none(start, 
     until(lambda: len(me.messages(id)[-1]["text"]) > 5)
     engine = next(child for child in server.children() if "engine" in " ".join(child.cmdline()))
     server.kill()
-    engine.wait(10)
+    engine.wait(5)
     assert not engine.is_running()
 
 

@@ -455,8 +455,8 @@ def test_a_restart_is_a_new_child_after_a_new_check(copy):
 def test_one_signal_ends_the_server_in_order(copy, number):
     copy.model()
     copy.server(
-        "import signal, sys, time\n"
-        "def end(number, frame): print('end', number, flush=True); sys.exit(9)\n"
+        "import os, signal, sys, time\n"
+        "def end(number, frame): os.write(1, b'end %d\\n' % number); sys.exit(9)  # print may be under way\n"
         "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)\n"
         "print('serving', flush=True); time.sleep(120)"
     )

@@ -582,3 +582,34 @@ def test_a_megabyte_can_be_typed_and_sent(live_server, new_tab):
     box(tab).press("Enter")
     expect(tab.locator(".tgw-toast")).to_be_visible()
     assert box(tab).input_value() == text
+
+
+def test_what_is_typed_while_the_first_message_is_sent_stays(live_server, new_tab):
+    tab = new_tab()
+    live_server.hold("Hello")
+    held = []
+    tab.route("**/chat/messages", lambda route: held.append(route))
+    box = tab.locator(".tgw-composer textarea")
+    box.fill("The first message")
+    box.press("Enter")
+    until(lambda: tab.evaluate("1") and held)
+    box.press("End")
+    tab.keyboard.type(" and more")
+    held[0].continue_()
+    expect(tab.locator(".tgw-msg.user")).to_have_count(1)
+    expect(box).to_have_value("and more")
+    live_server.say(1)
+
+
+def test_arrows_in_the_row_of_tabs_do_not_make_another_version(live_server, new_tab):
+    tab = new_tab()
+    send(tab, "Hi")
+    until(lambda: live_server.asked == 1)
+    expect(tab.locator(".tgw-msg.running")).to_have_count(0)
+    tab.locator("[role=tab]").first.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.locator("[role=tab]").first.click()
+    send(tab, "Again")
+    until(lambda: live_server.asked >= 2)
+    expect(tab.locator(".tgw-msg.assistant")).to_have_count(2)
+    assert live_server.asked == 2

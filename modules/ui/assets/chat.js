@@ -784,6 +784,7 @@
 
     /** Show the draft of the conversation shown; what was typed for the former one is kept with that one. */
     restore() {
+      if (this.sending && this.key === null) this.key = chat.id;  // the first message: what is typed on goes with the chat it began
       if (this.key !== undefined && this.key !== chat.id) { this.keep.cancel(); drafts.write(this.key, this.box.value); }
       if (this.key !== chat.id || this.key === undefined) { this.key = chat.id; this.box.value = drafts.read(chat.id); }
       this.size();
@@ -814,9 +815,16 @@
       const text = this.box.value;
       if (!text.trim() || chat.busy || chat.running) return;
       const key = this.key;
-      if (!await chat.turn('chat/messages', { text })) return;
+      this.sending = true;
+      const sent = await chat.turn('chat/messages', { text });
+      this.sending = false;
+      if (!sent) return;
       drafts.write(key, '');
-      if (this.box.value === text && (this.key === key || key === null)) { this.box.value = ''; this.keep.cancel(); drafts.write(this.key, ''); }
+      if (this.box.value.startsWith(text) && (this.key === key || key === null)) {  // what was typed meanwhile stays
+        this.box.value = this.box.value.slice(text.length).trimStart();
+        this.keep.cancel();
+        drafts.write(this.key, this.box.value);
+      }
       this.size();
       this.refresh();
     },
@@ -1049,8 +1057,11 @@
     if (!root.offsetParent || e.isComposing || e.defaultPrevented) return;
     const reply = chat.last()?.data.role === 'assistant' ? chat.last() : null;
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName) && (document.activeElement !== composer.box || composer.box.value);
+    const focus = document.activeElement;
+    const elsewhere = focus !== composer.box && (/^(INPUT|TEXTAREA|SELECT)$/.test(focus?.tagName) || focus?.closest('[role=tablist]'));
     if (e.key === 'Escape' && PHONE.matches && !root.classList.contains('closed')) sidebar.toggle(false);
     else if (e.key === 'Escape' && chat.running) { e.preventDefault(); chat.stop(); }
+    else if (elsewhere) return;  // an edit form, a search field or the row of tabs has keys of its own
     else if (e.key === 'Enter' && (e.ctrlKey || e.metaKey) && reply) { e.preventDefault(); chat.regenerate(reply); }
     else if (e.key === 'Enter' && e.altKey && reply) { e.preventDefault(); chat.continue(reply); }
     else if ((e.key === 'ArrowLeft' || e.key === 'ArrowRight') && !typing && reply && !e.ctrlKey && !e.altKey && !e.metaKey && !e.shiftKey) turnPage(e, reply);
