@@ -255,8 +255,10 @@ class SamplingParams(Options):
         DEFAULT_PRIORITY, "Order of the samplers, first to last; those not listed run first.", group=OTHER, multiline=True
     )
 
-    max_new_tokens: int = knob(512, "Longest reply, in tokens.", range=(1, 4096, 1), bounds=(1, MAX_COUNT), group=LENGTH)
-    auto_max_new_tokens: bool = knob(True, "Let a reply use all of the context that is left.", group=LENGTH)
+    max_new_tokens: int = knob(
+        512, "Longest reply, in tokens. Counts while auto max new tokens is off.", range=(1, 4096, 1), bounds=(1, MAX_COUNT), group=LENGTH
+    )
+    auto_max_new_tokens: bool = knob(True, "Let a reply use all of the context that is left, however long max new tokens is.", group=LENGTH)
     truncation_length: int = knob(
         0, "Longest prompt together with the reply, in tokens. 0 is the model's context.", range=(0, 131072, 256), bounds=(0, MAX_COUNT), group=LENGTH
     )

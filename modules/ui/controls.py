@@ -54,7 +54,7 @@ def control(knob: Knob, hook: str, value: Any, extra_class: str = "") -> Compone
     """
     built = _component(knob, shown(value), [f"knob-{knob.name}", *extra_class.split()])
     opened = hook if "(" in hook else f"{hook}("
-    call = f"(value) => {{ {opened}{json.dumps(knob.name)}, {_READING.get(knob.type, 'value')}); }}"
+    call = f"(value) => {{ {opened}{json.dumps(knob.name)}, {_reading(knob, built)}); }}"
     # A text is told when it is complete: half a quoted string is not a valid value.
     for event in (built.blur, built.submit) if isinstance(built, gr.Textbox) else (built.input,):
         event(None, built, None, js=call, **QUIET)
@@ -66,8 +66,13 @@ def shown(value: Any) -> Any:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-_READING = {list: 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'}
-"""JavaScript from what a control shows to what is posted, by type of knob."""
+def _reading(knob: Knob, built: Component) -> str:
+    """JavaScript from what a control tells to what is posted."""
+    if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range
+        return f"Math.min({built.maximum}, Math.max({built.minimum}, value ?? {built.minimum}))"
+    if knob.type is list:
+        return 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'
+    return "value"
 
 
 def _component(knob: Knob, value: Any, classes: list[str]) -> Component:

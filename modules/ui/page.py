@@ -55,7 +55,9 @@ def build_page(app: App, session_values: Callable[[gr.Request], Mapping[str, Any
             found = session_values(request)
             return [shown(found[name]) for name in controls]
 
-        page.load(values, None, list(controls.values()), queue=False, show_progress="hidden", api_visibility="private")
+        again = gr.Button("", visible="hidden", elem_id="tgw-repaint")  # pressed by the script when the server holds other values
+        for event in (page.load, again.click):
+            event(values, None, list(controls.values()), queue=False, show_progress="hidden", api_visibility="private")
     return page
 
 

@@ -613,3 +613,46 @@ def test_arrows_in_the_row_of_tabs_do_not_make_another_version(live_server, new_
     until(lambda: live_server.asked >= 2)
     expect(tab.locator(".tgw-msg.assistant")).to_have_count(2)
     assert live_server.asked == 2
+
+
+def parameter(tab, name):
+    return tab.locator(f".knob-{name} input[type=number]")
+
+
+def test_the_parameter_shown_is_the_one_in_effect(live_server, new_tab):
+    tab = new_tab()
+    tab.get_by_role("tab", name="Parameters").click()
+    for typed, shown in (("999", 5), ("-5", 0.01), ("", 0.01), ("0.7", 0.7)):
+        parameter(tab, "temperature").fill(typed)
+        parameter(tab, "temperature").press("Tab")
+        until(lambda shown=shown: session_value(live_server, tab, "temperature") == shown)
+        expect(parameter(tab, "temperature")).to_have_value(str(shown))
+
+
+def test_a_refused_parameter_and_one_of_another_tab_are_shown_as_the_server_has_them(live_server, new_tab):
+    one, two = new_tab(), new_tab()
+    for tab in (one, two):
+        tab.get_by_role("tab", name="Parameters").click()
+    parameter(one, "seed").fill("-99")
+    parameter(one, "seed").press("Tab")
+    expect(parameter(one, "seed")).to_have_value("-1")
+    parameter(one, "top_p").fill("0.5")
+    parameter(one, "top_p").press("Tab")
+    until(lambda: session_value(live_server, one, "top_p") == 0.5)
+    two.get_by_role("tab", name="Chat").click()
+    send(two, "Hi")
+    until(lambda: live_server.asked == 1)
+    two.get_by_role("tab", name="Parameters").click()
+    expect(parameter(two, "top_p")).to_have_value("0.5")
+
+
+def test_back_leaves_a_deleted_chat_behind(live_server, new_tab):
+    tab = new_tab()
+    send(tab, "One")
+    expect(tab.locator(".tgw-msg.assistant")).to_have_count(1)
+    first = tab.url
+    tab.goto(f"{live_server.url}/#c={'0' * 32}")
+    tab.wait_for_function("!location.hash")
+    tab.go_back()
+    tab.wait_for_function("(url) => location.href === url", arg=first)
+    expect(tab.locator(".tgw-msg.user")).to_have_count(1)

@@ -70,7 +70,7 @@ def test_a_control_calls_the_script_and_never_the_server():
     _, page = build("share")
     (event,) = page.fns.values()
     assert event.targets[0][1] == "input"  # a change by a person, not by the page itself
-    assert event.js == '(value) => { window.tgw.set("share", value); }'
+    assert event.js == '(value) => { window.tgw.set("share", Math.min(1, Math.max(0, value ?? 0))); }'
     assert event.fn is None
     assert not event.outputs
 
@@ -87,7 +87,7 @@ def test_a_list_is_told_as_a_list():
 
 def test_a_hook_may_be_a_call_with_a_first_argument():
     _, page = build("share", 'window.tgw.option("llama.cpp", ')
-    assert next(iter(page.fns.values())).js == '(value) => { window.tgw.option("llama.cpp", "share", value); }'
+    assert next(iter(page.fns.values())).js == '(value) => { window.tgw.option("llama.cpp", "share", Math.min(1, Math.max(0, value ?? 0))); }'
 
 
 def test_groups_leave_out_what_is_not_here_yet():

@@ -76,15 +76,15 @@ def test_every_loader_option_has_exactly_one_control(page):
 
 
 def test_no_control_sends_its_value_through_gradio(page):
-    """One function on the server: the values at page load. Everything else runs in the browser."""
-    (load,) = [event for event in page.fns.values() if event.fn is not None]
-    assert load.targets[0][1] == "load"
-    assert load.queue is False
+    """One function on the server: the values at page load, and again when the script asks. Everything else runs in the browser."""
+    load, again = [event for event in page.fns.values() if event.fn is not None]
+    assert load.targets[0][1] == "load" and again.targets[0][1] == "click" and again.outputs == load.outputs
+    assert load.queue is again.queue is False and load.inputs == again.inputs == []
     assert {name for control in load.outputs for name in control.elem_classes} >= {f"knob-{name}" for name in SamplingParams.model_fields}
 
 
 def test_the_values_of_the_asking_browser_are_shown(page):
-    (load,) = [event for event in page.fns.values() if event.fn is not None]
+    load, _ = [event for event in page.fns.values() if event.fn is not None]
     shown = dict(zip([control.elem_classes[0] for control in load.outputs], load.fn(None), strict=True))
     assert shown["knob-temperature"] == 0.7
     assert shown["knob-sampler_priority"].splitlines()[0] == "repetition_penalty"

@@ -149,7 +149,16 @@
       if (Object.keys(changes).length) this.posted = this.posted.then(() => attempt(() => this.patch(changes)));
       return this.posted;
     },
-    async patch(changes) { this.revision = (await api('PATCH', 'chat/session', changes)).revision; },
+    async patch(changes) {
+      try {
+        this.revision = (await api('PATCH', 'chat/session', changes)).revision;
+      } catch (error) {
+        this.repaint();
+        throw error;
+      }
+    },
+    /** Let the controls show what the server holds. */
+    repaint() { document.getElementById('tgw-repaint')?.click(); },
     async read() { const found = await api('GET', 'chat/session'); this.revision = found.revision; return found.values; },
     async save() {
       await this.flush();
@@ -163,6 +172,8 @@
       } catch (error) {
         if (error.code !== 'StaleRevision') throw error;
         await this.read();
+        this.repaint();
+        toast('The parameters were changed elsewhere; those are used now.', 'done');
         return api('POST', path, { ...body, revision: this.revision });
       }
     },
@@ -435,7 +446,7 @@
       sidebar.mark(id);
       if (id) {
         const page = await attempt(() => api('GET', `chat/conversations/${encodeURIComponent(id)}`).catch((error) => {
-          if (error.status === 404) setConversation(null);
+          if (error.status === 404) setConversation(null, true);
           throw error;
         }));
         if (ticket !== this.loading) return;
