@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from modules.backends.base import CancelToken, GenerationRequest
-from modules.backends.llama_cpp.threads import writing_threads
+from modules.backends.llama_cpp.threads import usable_cores
 from modules.samplers import NEUTRAL
 
 PROMPT = "Once upon a time there was a fox who lived at the edge of a large forest. One day the fox"
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--sampler", choices=("greedy", "top_p"), default="greedy")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    threads = args.threads or writing_threads()
+    threads = args.threads or usable_cores()
     if args.bare:
         bare(args.model, args.tokens, threads, args.sampler)
         return

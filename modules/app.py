@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modules import loaders
+from modules.ahead import Ahead
+from modules.metrics import Metrics
 from modules.models import ModelSlot
 from modules.options import Options
 from modules.paths import UserData
@@ -24,14 +26,17 @@ class App:
     configuration: Configuration
     data: UserData
     models: ModelSlot
+    metrics: Metrics
     store: Store
     replies: Replies
     sessions: Sessions
+    ahead: Ahead
     present: Callable[[], Presenter]
     """Makes the presenter of one reply."""
 
     def close(self) -> None:
         """End replies, saving them; free the model; close the store."""
+        self.ahead.close()
         self.replies.close()
         self.models.close()
         self.store.close()
@@ -45,13 +50,16 @@ def option_groups() -> Sequence[type[Options]]:
 def build(configuration: Configuration, data: UserData, store: Store, present: Callable[[], Presenter]) -> App:
     """Join the parts."""
     sampling, chat = configuration.group(SamplingParams), configuration.group(ChatOptions)
+    models = ModelSlot(data, configuration.groups, configuration.settings.idle_timeout)
     return App(
         configuration.settings,
         configuration,
         data,
-        ModelSlot(data, configuration.groups, configuration.settings.idle_timeout),
+        models,
+        Metrics(models),
         store,
         Replies(),
         Sessions(store, sampling, chat),
+        Ahead(),
         present,
     )

@@ -6,20 +6,21 @@ Everything that can be refused (no model, too long a prompt, a bad template) is 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+from modules.ahead import Work
 from modules.app import App
 from modules.auth import Identity
-from modules.backends.base import Backend, CancelToken, GenerationRequest
+from modules.backends.base import Backend, CancelToken, GenerationRequest, Prefilling, adapters_of
 from modules.conversation import Conversation, Message
 from modules.errors import PromptError, PromptTooLong, UserError
 from modules.replies import Piece, Reply
 from modules.samplers import SamplingParams
 from modules.sessions import Session
-from modules.templates import FALLBACK, ChatTemplate, Fitted, PromptMessage, fit, prompt_messages, stop_strings
+from modules.templates import FALLBACK, ChatTemplate, Fitted, PromptMessage, fit, leave_out, prompt_messages, stop_strings
 from modules.text_generation import generate_reply, split_reply
 
 MAX_MESSAGE_CHARACTERS = 2_000_000
@@ -40,7 +41,7 @@ def reply(app: App, who: Identity, conversation: str | None, text: str) -> Turn:
         raise PromptError("The message is empty. Type something first.")
     if len(text) > MAX_MESSAGE_CHARACTERS:
         raise PromptTooLong(f"The message has {len(text):,} characters; at most {MAX_MESSAGE_CHARACTERS:,} are taken. Shorten it.")
-    with app.replies.starting(who.owner, conversation or f"new-{secrets.token_hex(8)}"):
+    with _turn(app, who, conversation or f"new-{secrets.token_hex(8)}"):
         current = app.store.conversation(who.owner, conversation) if conversation else Conversation("", who.owner)
         grown, user = current.add("user", text)
         return _answer(app, who, grown, (user,))
@@ -48,7 +49,7 @@ def reply(app: App, who: Identity, conversation: str | None, text: str) -> Turn:
 
 def regenerate(app: App, who: Identity, conversation: str, message: str) -> Turn:
     """Start another version of an assistant's message."""
-    with app.replies.starting(who.owner, conversation):
+    with _turn(app, who, conversation):
         current = app.store.conversation(who.owner, conversation)
         old = _assistant(current, message)
         return _answer(app, who, replace(current, tip=old.parent), ())
@@ -56,12 +57,13 @@ def regenerate(app: App, who: Identity, conversation: str, message: str) -> Turn
 
 def continue_reply(app: App, who: Identity, conversation: str, message: str) -> Turn:
     """Let an assistant's message go on from where it ends; the message stays the same one."""
-    with app.replies.starting(who.owner, conversation):
+    with _turn(app, who, conversation):
         current = app.store.conversation(who.owner, conversation)
         old = _assistant(current, message)
         if old.reasoning and not old.text:
             raise PromptError("This reply was stopped while the model was thinking. Use Regenerate instead.")
-        request, prompt = _prepare(app, app.sessions.get(who.session), (*current.path(old.parent), old), open_end=True)
+        session, path = app.sessions.get(who.session), (*current.path(old.parent), old)
+        request, prompt = _prepare(app, app.models.backend, who, session, path, open_end=True)
         running = replace(old, state="running", details=_details(app, request, prompt))
         app.store.save(running)
         app.store.set_tip(who.owner, conversation, old.id)
@@ -72,7 +74,7 @@ def edit(app: App, who: Identity, conversation: str, message: str, text: str) ->
     """Add another version of a message with `text`; a user's message is then answered again."""
     if not text.strip():
         raise PromptError("The message is empty. Type something first.")
-    with app.replies.starting(who.owner, conversation):
+    with _turn(app, who, conversation):
         current = app.store.conversation(who.owner, conversation)
         grown, edited = current.add_sibling(message, text)
         if edited.role == "user":
@@ -84,7 +86,7 @@ def edit(app: App, who: Identity, conversation: str, message: str, text: str) ->
 
 def select(app: App, who: Identity, conversation: str, message: str) -> None:
     """Show the branch of another version."""
-    with app.replies.starting(who.owner, conversation):
+    with _turn(app, who, conversation):
         app.store.show(who.owner, conversation, message)
     app.replies.tell(who.owner, "changed", {"conversation": conversation})
 
@@ -109,14 +111,72 @@ def announce(app: App, owner: str, conversation: str) -> None:
     app.replies.tell(owner, "conversation", {"id": conversation})
 
 
+# --- before a turn ------------------------------------------------------------------------------------------------------------------
+
+LAST_WORD = 16
+"""Characters at the end of a draft whose tokens may still change, at most: a word, or so much of a text without spaces."""
+
+
+def ahead(app: App, who: Identity, conversation: str | None, text: str, revision: int) -> bool:
+    """Let the engine compute what `reply` with a message that begins with `text` would send, as far as it is certain.
+
+    Returns at once. A later call takes the place of an earlier one of the same browser, and a turn ends it. Nothing comes of it without a
+    model in memory, with an old `revision`, or where `reply` would refuse. False: nor will anything come of calling again, until another
+    model is loaded. Raises NotFound for a conversation that is not there, or not the owner's.
+    """
+    if conversation:
+        app.store.info(who.owner, conversation)
+    backend = app.models.loaded_backend()
+    if app.settings.no_prefill_ahead or (backend and "prefill" not in backend.features):
+        return False
+    session = app.sessions.get(who.session)
+    if backend and backend.alive() and revision == session.revision and len(text) <= MAX_MESSAGE_CHARACTERS:
+        app.ahead.start(who.session, lambda cancel: _work_ahead(app, who, session, backend, conversation, text, cancel))
+    return True
+
+
+def _work_ahead(app: App, who: Identity, session: Session, backend: Backend, conversation: str | None, text: str, cancel: CancelToken) -> Work | None:
+    """What two prompts have in common that part where `text` may still change: no template has to be understood for that."""
+    if conversation and app.replies.running(conversation):
+        return None  # its end changes the history
+    path = app.store.conversation(who.owner, conversation).path() if conversation else ()
+    settled = _settled(text)
+    one, other = (_opened(session, (*path, Message("", None, "user", draft))) for draft in ((text, settled) if settled else ("a", "1")))
+    request, prompt = _prepare(app, backend, who, session, *one)
+    if cancel.cancelled:
+        return None
+    parting = _renderer(_template(backend), session, other[1])(leave_out(_messages(session, other[0]), prompt.dropped))
+    return cast(Prefilling, backend), replace(request, prompt=_common(prompt.tokens, backend.encode(parting)), cancel=cancel)
+
+
+def _settled(text: str) -> str:
+    """`text` without its last word, which may be half of another one."""
+    text = text.rstrip()
+    head, tail = text[:-LAST_WORD], text[-LAST_WORD:]
+    return (head + tail[: max(tail.rfind(" "), tail.rfind("\n"), 0)]).rstrip()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """The beginning that both have."""
+    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return tuple(one[:length])
+
+
 # --- the steps of a turn ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _turn(app: App, who: Identity, conversation: str) -> Iterator[None]:
+    """Hold the conversation while a turn is prepared. What is computed ahead for this browser gives way to it at once."""
+    with app.replies.starting(who.owner, conversation):
+        app.ahead.cancel(who.session)
+        yield
 
 
 def _answer(app: App, who: Identity, conversation: Conversation, new: tuple[Message, ...]) -> Turn:
     """Prepare, save `new` and an empty answer, start."""
     session = app.sessions.get(who.session)
-    opening = (Message("", None, "assistant", session.chat.start_with),) if session.chat.start_with else ()
-    request, prompt = _prepare(app, session, (*conversation.path(), *opening), open_end=bool(opening))
+    request, prompt = _prepare(app, app.models.backend, who, session, *_opened(session, conversation.path()))
     grown, answer = conversation.add("assistant", session.chat.start_with, state="running", details=_details(app, request, prompt))
     stored = _store(app, who, grown, (*new, answer))
     return _start(app, who, stored, (*new, answer), request, prompt)
@@ -137,10 +197,17 @@ def _store(app: App, who: Identity, conversation: Conversation, new: tuple[Messa
     return replace(conversation, id=made.id)
 
 
-def _prepare(app: App, session: Session, path: Sequence[Message], open_end: bool) -> tuple[GenerationRequest, Fitted]:
+def _opened(session: Session, path: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+    """`path` with the text that every reply begins with, if there is one, and whether it then ends in an open message."""
+    begun = session.chat.start_with
+    return ((*path, Message("", None, "assistant", begun)), True) if begun else (path, False)
+
+
+def _prepare(
+    app: App, backend: Backend, who: Identity, session: Session, path: Sequence[Message], open_end: bool
+) -> tuple[GenerationRequest, Fitted]:
     """The request for what follows `path`. `open_end`: the last message is the assistant's and goes on."""
-    backend, sampling = app.models.backend, session.sampling
-    template = ChatTemplate(backend.chat_template, backend.bos_token, backend.eos_token) if backend.chat_template else FALLBACK
+    template, sampling = _template(backend), session.sampling
     fitted = fit(_renderer(template, session, open_end), _messages(session, path), _budget(backend, sampling), backend.encode)
     request = GenerationRequest(
         fitted.tokens,
@@ -148,9 +215,15 @@ def _prepare(app: App, session: Session, path: Sequence[Message], open_end: bool
         None if sampling.auto_max_new_tokens else sampling.max_new_tokens,
         secrets.randbelow(2**31) if sampling.seed < 0 else sampling.seed,
         stop=(*sampling.stopping_strings, *stop_strings(template)),
+        adapters=adapters_of(backend, app.models.adapters),
+        client=who.owner,
         cancel=CancelToken(),
     )
     return request, fitted
+
+
+def _template(backend: Backend) -> ChatTemplate:
+    return ChatTemplate(backend.chat_template, backend.bos_token, backend.eos_token) if backend.chat_template else FALLBACK
 
 
 def _messages(session: Session, path: Sequence[Message]) -> list[PromptMessage]:
@@ -183,6 +256,7 @@ def _details(app: App, request: GenerationRequest, prompt: Fitted) -> dict[str, 
         "seed": request.seed,
         "parameters": {k: list(v) if isinstance(v, tuple) else v for k, v in request.sampling.differences().items()},
         "dropped_messages": prompt.dropped,
+        **({"adapters": [[adapter.path.name, adapter.scale] for adapter in request.adapters]} if request.adapters else {}),
     }
 
 

@@ -1,7 +1,7 @@
-"""Documentation that is output: the tracked settings.yaml and the tables of options, written from the declarations.
+"""Documentation that is output: the tracked settings.yaml, the tables of options and that of metrics, written from the declarations.
 
 `python -m modules.docs` writes them again; a test fails while one of them is stale. A table stands in a Markdown file between
-`<!-- table: Settings -->`, with the name of a class of options, and `<!-- end -->`.
+`<!-- table: Settings -->`, with the name of a class of options or `Metrics`, and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from modules import metrics
 from modules.app import option_groups
 from modules.errors import DataError
 from modules.options import Options, markdown_table, yaml_template
@@ -41,15 +42,19 @@ def settings_yaml() -> str:
     return _HEADER + "".join(yaml_template(options) for options in _classes().values())
 
 
-def with_tables(text: str, classes: Mapping[str, type[Options]]) -> str:
-    """`text` with its tables written again. Raises DataError for a table of an unknown class."""
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """`text` with its tables, by name, written again. Raises DataError for one that is not in `tables`."""
 
     def table(found: re.Match[str]) -> str:
-        if found[2] not in classes:
-            raise DataError(f"There is no class of options {found[2]!r} for a table; there are: {', '.join(classes)}.")
-        return found[1] + markdown_table(classes[found[2]]) + found[3]
+        if found[2] not in tables:
+            raise DataError(f"There is no table {found[2]!r}; there are: {', '.join(tables)}.")
+        return found[1] + tables[found[2]] + found[3]
 
     return _TABLE.sub(table, text)
+
+
+def _tables() -> dict[str, str]:
+    return {"Metrics": metrics.markdown_table(), **{name: markdown_table(options) for name, options in _classes().items()}}
 
 
 def _classes() -> dict[str, type[Options]]:
@@ -59,9 +64,10 @@ def _classes() -> dict[str, type[Options]]:
 
 def _files(root: Path) -> Iterator[tuple[Path, str]]:
     yield root / "settings.yaml", settings_yaml()
+    tables = _tables()
     for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if file.is_file():
-            yield file, with_tables(file.read_text("utf-8"), _classes())
+            yield file, with_tables(file.read_text("utf-8"), tables)
 
 
 if __name__ == "__main__":

@@ -280,6 +280,13 @@ def model_file(path: Path) -> Path:
     return files[0]
 
 
+def mmproj_beside(model: Path) -> Path | None:
+    """The vision part of `model`: the only one in its folder, if no other model lies there that it could belong to."""
+    files = [file for file in model.parent.glob("*.gguf") if is_first_part(file)]
+    vision = [file for file in files if file.name.lower().startswith("mmproj")]
+    return vision[0] if len(vision) == 1 and len(files) == 2 else None
+
+
 def is_first_part(path: Path) -> bool:
     """False for the second and later files of a split model. Judges by the name."""
     match = _PART.match(path.name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from modules import app, settings
+from modules.backends.base import Adapter
 from modules.errors import DataError, NotFound, SettingsError, UserError
 from modules.log import logger
 from modules.models import ModelSlot
@@ -66,10 +68,24 @@ def load_first_model(models: ModelSlot, chosen: Settings, ask: Callable[[str], s
     if not name:
         logger.info("No model is loaded; choose one on the Model tab." if names else "There is no model yet; the Model tab says where to put one.")
         return
+    models.adapters = named_adapters(models.data, chosen.lora)
     try:
         models.start_loading(models.choose(name, chosen.loader, anywhere=True))
     except UserError as error:
         logger.error("%s", error)
+
+
+def named_adapters(data: UserData, names: Sequence[str]) -> tuple[Adapter, ...]:
+    """LoRA adapters by name in the LoRA folder or by path, each with `:scale` after it if that is not 1. A wrong one is told and left out."""
+    found = []
+    for name in names:
+        file, _, scale = name.rpartition(":") if re.search(r":[-+.\d]+$", name) else (name, "", "1")
+        literal = Path(file).expanduser()
+        try:
+            found.append(Adapter(literal if literal.exists() else data.file("lora", file), float(scale)))
+        except (UserError, ValueError) as error:
+            logger.error("--lora %s: %s", name, error)
+    return tuple(found)
 
 
 def _menu(names: Sequence[str], ask: Callable[[str], str]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from modules import loaders
-from modules.backends.base import Backend, CancelToken, Loader
+from modules.backends.base import Adapter, Adapting, Backend, CancelToken, EngineStats, Loader, Measured
 from modules.errors import Busy, ModelError, NoModel, UserError
 from modules.log import logger
 from modules.options import Options
@@ -58,6 +58,11 @@ class _Loaded:
     users: int = 0
 
 
+def measured(backend: Backend) -> Measured | None:
+    """`backend`, if it tells what it does."""
+    return cast(Measured, backend) if "stats" in backend.features else None
+
+
 class TurnLock:
     """The generation lock: one holder, first come first served, a bounded queue, and waiting that a cancel ends."""
 
@@ -94,7 +99,9 @@ class ModelSlot:
     """Holds at most one model. Every method may be called from any thread."""
 
     def __init__(self, data: UserData, options: Mapping[type[Options], Options], idle_minutes: int = 0) -> None:
-        self._data = data
+        self.data = data
+        self.adapters: tuple[Adapter, ...] = ()
+        """To use with every model that can (`--lora`)."""
         self._options = options
         self._idle_seconds = idle_minutes * 60
         self._lock = threading.RLock()
@@ -104,6 +111,7 @@ class ModelSlot:
         self._idle_choice: Choice | None = None
         self._status = ModelStatus()
         self._listeners: list[Callable[[], None]] = []
+        self._on_load: list[Callable[[Backend], None]] = []
         self._closed = threading.Event()
         if idle_minutes:
             threading.Thread(target=self._watch_idle, name="idle-unload", daemon=True).start()
@@ -116,19 +124,35 @@ class ModelSlot:
             loaded, status = self._loaded, self._status
         return replace(status, memory=loaded.backend.memory()) if loaded and status.state == "ready" else status
 
+    def stats(self) -> EngineStats | None:
+        """What the engine does; None without a model, or when its engine does not tell. Never waits, and loads nothing."""
+        backend = self.loaded_backend()
+        engine = measured(backend) if backend else None
+        return engine.stats() if engine else None
+
     def names(self) -> list[str]:
         """Names of the models in the model folder."""
-        return loaders.list_models(self._data.models)
+        return loaders.list_models(self.data.models)
 
     def listen(self, changed: Callable[[], None]) -> None:
         """Call `changed` after each change of the status, from any thread. It must be short and must not raise."""
         with self._lock:
             self._listeners.append(changed)
 
+    def on_load(self, loaded: Callable[[Backend], None]) -> None:
+        """Call `loaded` with each model before anybody can use it. It must be short, must not raise and must not ask this slot."""
+        with self._lock:
+            self._on_load.append(loaded)
+
     @property
     def backend(self) -> Backend:
         """The model in use; loads it again if it was unloaded for being idle. Raises NoModel."""
         return self._current().backend
+
+    def loaded_backend(self) -> Backend | None:
+        """The model if it is there now. Unlike `backend` this never loads it again, and it is no use that keeps it from being idle."""
+        with self._lock:
+            return self._loaded.backend if self._loaded and self._status.state == "ready" else None
 
     @contextmanager
     def turn(self, cancel: CancelToken) -> Iterator[Backend | None]:
@@ -180,13 +204,25 @@ class ModelSlot:
         Raises NotFound, NameError_, ModelError or SettingsError.
         """
         literal = Path(name).expanduser()
-        path = literal if anywhere and literal.exists() else self._data.model_path(name)
+        path = literal if anywhere and literal.exists() else self.data.model_path(name)
         found = loaders.named(loader) if loader else loaders.detect(path)
         configured = self._options.get(found.options) or found.options()
         if not loader:  # who lets the loader be found cannot know whose options count: those of the others are left out
             others = {name for other in loaders.LOADERS for name in other.options.model_fields} - set(found.options.model_fields)
             options = {name: value for name, value in (options or {}).items() if name not in others}
-        return Choice(path.name if path is literal else name, path, found, configured.replace(options or {}, found.name))
+        chosen = self._with_files(configured.replace(options or {}, found.name), configured)
+        return Choice(path.name if path is literal else name, path, found, chosen)
+
+    def _with_files(self, options: Options, configured: Options) -> Options:
+        """`options` with the names of files as paths. What was configured where the server starts may be a path already."""
+        paths = {}
+        for name, knob in type(options).knobs().items():
+            value = getattr(options, name) if knob.file else ""
+            if value:
+                literal = Path(value).expanduser()
+                trusted = value == getattr(configured, name) and literal.exists()
+                paths[name] = str(literal.absolute() if trusted else self.data.file(knob.file, value))
+        return options.replace(paths) if paths else options
 
     def load(self, choice: Choice) -> None:
         """Load, and return when it is done. Raises ModelError (the former model is then in use again) or Busy."""
@@ -247,10 +283,21 @@ class ModelSlot:
             if loaded:  # first, because memory for two models may not be there
                 loaded.backend.unload()
             backend = choice.loader.load(choice.path, choice.options, self._progress(choice, cancel), cancel)
+            self._adapt(backend)
             self._ready(choice, backend, cancel, time.monotonic() - began)
         except BaseException as error:
             self._failed(choice, cancel, error)
             raise
+
+    def _adapt(self, backend: Backend) -> None:
+        """Load the adapters. The model goes without one that does not fit it."""
+        for adapter in self.adapters:
+            try:
+                if "adapters" not in backend.features:
+                    raise ModelError(f"{backend.name} cannot use LoRA adapters. Leave --lora out.")
+                cast(Adapting, backend).load_adapter(adapter.path)
+            except UserError as error:
+                logger.error("%s", error)
 
     def _progress(self, choice: Choice, cancel: CancelToken) -> Callable[[float, str], None]:
         def progress(fraction: float, words: str) -> None:
@@ -274,6 +321,8 @@ class ModelSlot:
             if wanted:
                 self._loading = self._former = None
                 self._loaded, self._status = _Loaded(choice, backend, TurnLock()), status
+                for told in self._on_load:
+                    told(backend)
         if not wanted:
             backend.unload()
             raise ModelError("Loading was cancelled.")

@@ -40,12 +40,14 @@ def knob(
     metavar: str = "",
     multiline: bool = False,
     later: bool = False,
+    file: str = "",
 ) -> Any:
     """Declare one option, as the default value of a field of an Options class.
 
     `range` is (minimum, maximum, step) of the control in the page; `bounds` are the hard limits everywhere, None for none.
     `source` names a paper or specification. `flags` are further spellings of the command-line flag; `flag=False` gives it none.
-    `later` marks a name kept from the earlier system whose capability is not here yet: it is accepted, with a warning.
+    `later` marks a name kept from the earlier system whose capability is not here yet: it is accepted, with a warning. `file` marks the name of
+    a file and says of which kind (see `UserData.file`); where the value comes from the page it is a name, never a path.
     """
     low, high = bounds
     extra: Any = {
@@ -57,6 +59,7 @@ def knob(
         "metavar": metavar,
         "multiline": multiline,
         "later": later,
+        "file": file,
     }
     return Field(default, description=help, ge=low, le=high, json_schema_extra={"knob": extra})
 
@@ -80,6 +83,7 @@ class Knob:
     metavar: str = ""
     multiline: bool = False
     later: bool = False
+    file: str = ""
 
     @property
     def label(self) -> str:

@@ -95,6 +95,11 @@ class UserData:
         return self.lora_dir or self.root / "loras"
 
     @property
+    def mmproj(self) -> Path:
+        """Vision parts of models."""
+        return self.root / "mmproj"
+
+    @property
     def cache(self) -> Path:
         """Everything that may be deleted while the program is not running."""
         return self.root / "cache"
@@ -127,7 +132,7 @@ class UserData:
     def create(self) -> None:
         """Make the folders. Raises DataError when the disk refuses."""
         try:
-            for folder in (self.models, self.loras, self.cache / "gradio"):
+            for folder in (self.models, self.loras, self.mmproj, self.cache / "gradio"):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"Cannot create {error.filename}: {error.strerror}. Choose a writable folder with --user-data-dir.") from error
@@ -138,3 +143,12 @@ class UserData:
         if not path.exists():
             raise NotFound(f"There is no model {name!r} in {self.models}. Put it there, or choose one from the list on the Model tab.")
         return path
+
+    def file(self, kind: str, name: str) -> Path:
+        """The existing file or folder called `name`: of kind "model", "mmproj" (looked for among the models too) or "lora". Raises NotFound."""
+        folders = {"model": (self.models,), "mmproj": (self.mmproj, self.models), "lora": (self.loras,)}[kind]
+        for folder in folders:
+            path = inside(folder, name, f"{kind} name")
+            if path.exists():
+                return path
+        raise NotFound(f"There is no {kind} {name!r} in {' or '.join(map(str, folders))}. Put it there, or correct the name.")

@@ -87,6 +87,12 @@ class Stats:
     first_token_seconds: float | None = None
     seconds: float = 0.0
     finish_reason: str | None = None
+    queue_position: int | None = None
+    """While it waits for a place in the engine: how many stand in front."""
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
 
     def seen(self, chunk: Chunk, seconds: float) -> Stats:
         """The stats after `chunk`, which came `seconds` after the start."""
@@ -108,6 +114,11 @@ class Stats:
             first_token_seconds=first,
             seconds=seconds,
             finish_reason=chunk.finish_reason or self.finish_reason,
+            queue_position=chunk.queue_position,
+            queue_seconds=timings.queue_seconds if timings else self.queue_seconds,
+            prefill_seconds=timings.prefill_seconds if timings else self.prefill_seconds,
+            draft_tokens=timings.draft_tokens or None if timings else self.draft_tokens,
+            accepted_tokens=timings.accepted_tokens if timings and timings.draft_tokens else self.accepted_tokens,
         )
 
 

@@ -29,7 +29,12 @@ class Settings(Options):
     multi_user: bool = knob(False, "Nothing is kept: conversations end with the server, and only its start decides about the model.", group=BASIC)
     model: str = knob("", "Model to load at start: a name in the model folder, or a path.", group=BASIC, metavar="NAME")
     loader: str = knob("", "Loader to use; found from the file when not given.", group=BASIC, metavar="NAME")
-    lora: tuple[str, ...] = knob((), "LoRA adapters to load with the model.", group=BASIC, metavar="NAME", later=True)
+    lora: tuple[str, ...] = knob(
+        (),
+        "LoRA adapters to use with the model: names in the LoRA folder or paths, each with :SCALE after it if that is not 1.",
+        group=BASIC,
+        metavar="NAME",
+    )
     model_dir: str = knob("", "Folder of models, instead of models/ in the user data.", group=BASIC, metavar="PATH")
     lora_dir: str = knob("", "Folder of LoRA adapters, instead of loras/ in the user data.", group=BASIC, metavar="PATH")
     model_menu: bool = knob(False, "Choose the model from a list on the terminal.", group=BASIC)
@@ -37,6 +42,7 @@ class Settings(Options):
     extensions: tuple[str, ...] = knob((), "Extensions to load, in this order.", group=BASIC, metavar="NAME", later=True)
     verbose: bool = knob(False, "Print prompts and parameters to the terminal.", group=BASIC)
     idle_timeout: int = knob(0, "Unload the model after so many minutes without use. 0 is never.", bounds=(0, None), group=BASIC, metavar="MINUTES")
+    no_prefill_ahead: bool = knob(False, "Do not compute the prompt while it is typed.", group=BASIC)
 
     listen: bool = knob(False, "Answer other machines too. Needs a login.", group=UI)
     listen_port: int = knob(0, "Port of the page; by default 7860, or the next free one.", bounds=(0, 65535), group=UI, metavar="PORT")

@@ -744,6 +744,12 @@ def fit(render: Render, messages: Sequence[PromptMessage], budget: int, encode: 
     return alone
 
 
+def leave_out(messages: Sequence[PromptMessage], dropped: int) -> list[PromptMessage]:
+    """`messages` as `fit` keeps them when it leaves out so many."""
+    head, body, _ = _parts(messages)
+    return [*head, *body[dropped:]]
+
+
 def _fitted(render: Render, encode: Encode, kept: Sequence[PromptMessage], dropped: int) -> Fitted:
     prompt = render(kept)
     return Fitted(prompt, tuple(encode(prompt)), dropped)

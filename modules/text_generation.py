@@ -85,6 +85,10 @@ def _log_request(request: GenerationRequest, backend: Backend) -> None:
 def _log_result(last: Chunk, seconds: float, context_length: int, seed: int) -> None:
     decoding = (last.timings and last.timings.decode_seconds) or seconds  # without the prompt, where the engine tells
     speed = max(0, last.completion_tokens - 1) / decoding if decoding else 0.0
+    timings = last.timings
+    if timings and timings.draft_tokens:
+        share = 100 * timings.accepted_tokens / timings.draft_tokens
+        logger.info("Guessed ahead: %d of %d tokens were right (%.0f %%)", timings.accepted_tokens, timings.draft_tokens, share)
     logger.info(
         "Output generated in %.2f s (%.2f tokens/s, %d tokens, context %d of %d, seed %d, %s)",
         seconds,

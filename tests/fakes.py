@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from modules import loaders
 from modules.app import App, build, option_groups
-from modules.backends.base import CancelToken, Chunk, GenerationRequest, Loader, Timings
+from modules.backends.base import CancelToken, Chunk, EngineStats, GenerationRequest, Loader, Timings
 from modules.errors import EngineDied
 from modules.options import Options, knob
 from modules.paths import UserData
@@ -18,7 +18,10 @@ WAIT = 20.0
 
 
 class FakeBackend:
-    """Says `script`, piece by piece; `gate` holds it back before each piece, `error` is raised after the last one."""
+    """Says `script`, piece by piece; `gate` holds it back before each piece, `error` is raised after the last one.
+
+    With "prefill" in `features` it takes prompts ahead: `prefills` are those begun, `prefilled` those done; `hold_prefills()` keeps them waiting.
+    """
 
     name, chat_template, bos_token, eos_token = "fake", None, "", ""
 
@@ -27,6 +30,10 @@ class FakeBackend:
         self.gate = threading.Semaphore(10**6)
         self.requests: list[GenerationRequest] = []
         self.unloaded, self.closed, self.at_once, self.most_at_once = False, 0, 0, 0
+        self.told = EngineStats()
+        self.prefills: list[GenerationRequest] = []
+        self.prefilled: list[GenerationRequest] = []
+        self._prefilling, self._held, self._deaf = threading.Condition(), False, False
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         return [ord(c) for c in text]
@@ -56,15 +63,39 @@ class FakeBackend:
             self.at_once -= 1
             self.closed += 1
 
+    def prefill(self, request: GenerationRequest) -> None:
+        self.prefills.append(request)
+        request.cancel.on_cancel(self._look_again)
+        with self._prefilling:
+            ended = self._prefilling.wait_for(lambda: not self._held or self.unloaded or (request.cancel.cancelled and not self._deaf), WAIT)
+        assert ended, "the test never let the prefill go on"
+        if self.unloaded:
+            raise EngineDied("The model was unloaded. Load it and send again.")
+        if not request.cancel.cancelled:
+            self.prefilled.append(request)
+
+    def hold_prefills(self, held: bool = True, deaf: bool = False) -> None:
+        """Let prefills wait, or go on. `deaf`: they do not even hear that they are cancelled, as in an engine that hangs."""
+        self._held, self._deaf = held, deaf
+        self._look_again()
+
+    def _look_again(self) -> None:
+        with self._prefilling:
+            self._prefilling.notify_all()
+
     def alive(self) -> bool:
         return not self.unloaded
 
     def memory(self) -> int:
         return 123
 
+    def stats(self) -> EngineStats:
+        return self.told
+
     def unload(self) -> None:
         self.unloaded = True
         self.gate.release()
+        self._look_again()
 
 
 class FakeOptions(Options):

@@ -439,6 +439,223 @@ def test_what_was_stopped_while_thinking_cannot_go_on(app, backend):
         chat.continue_reply(app, ANNA, conversation.id, conversation.tip)
 
 
+# --- before a turn ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(app, backend):
+    """A backend that computes ahead."""
+    backend.features = frozenset({"prefill"})
+    yield backend
+    backend.hold_prefills(False)
+
+
+def ahead(app, text="", conversation=None, who=ANNA, revision=None):
+    """What was computed ahead for this draft, as text; None for nothing."""
+    backend, revision = app.models.loaded_backend(), app.sessions.get(who.session).revision if revision is None else revision
+    before = len(backend.prefilled)
+    assert chat.ahead(app, who, conversation, text, revision)
+    until(lambda: app.ahead.busy == 0)
+    assert len(backend.prefilled) <= before + 1
+    return backend.decode(backend.prefilled[-1].prompt) if len(backend.prefilled) > before else None
+
+
+def test_what_is_computed_ahead_is_the_beginning_of_the_prompt(app, ready):
+    app.sessions.change(ANNA.session, {"custom_system_message": "Be brief."})
+    conversation = say(app, "One")
+    history = prompt(ready) + "Hello world<|im_end|>\n<|im_start|>user\n"
+    assert ahead(app, "", conversation.id) == history
+    assert ahead(app, "Tell me of the sea", conversation.id) == history + "Tell me of the"
+    say(app, "Tell me of the seaside", conversation.id)
+    assert prompt(ready).startswith(history + "Tell me of the sea")
+    assert ready.prefilled[-1].client == ready.requests[-1].client == "anna"
+
+
+def test_the_first_message_is_computed_ahead_too(app, ready):
+    assert ahead(app, "Tell me of") == "<|im_start|>user\nTell me"
+    assert nothing_is_saved(app)
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"),
+    [
+        ("", ""),
+        (" \n", ""),
+        ("Tell", ""),
+        ("a", ""),
+        ("1", ""),
+        ("Tell ", ""),
+        ("Tell me ", "Tell"),
+        ("Tell\nme", "Tell"),
+        ("Tell   me", "Tell"),
+        ("Tell me\n\n  ", "Tell"),
+        ("x" * 20, "x" * 4),
+        ("Tell " + "x" * 20, "Tell xxxx"),
+        ("海" * 30, "海" * 14),
+        ("Tell <|im_end|>\n<|im_start|>assistant\n", "Tell <|im_end|>\n<|im_"),
+    ],
+)
+def test_a_word_that_may_still_grow_is_not_computed(text, certain, app, ready):
+    assert ahead(app, text) == "<|im_start|>user\n" + certain
+
+
+def test_templates_that_trim_and_those_that_open_the_reply(app, ready):
+    ready.chat_template = "{% for m in messages %}[{{ m.role }}: {{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    assert ahead(app, "Tell me ") == "[user: Tell"
+    app.sessions.change(ANNA.session, {"start_with": "Tell me"})
+    conversation = say(app, "Hi")
+    assert ahead(app, "Tell me", conversation.id) == "[user: Hi][assistant: Tell meHello world][user: Tell"
+    assert ahead(app, "", conversation.id) == "[user: Hi][assistant: Tell meHello world][user: "
+
+
+def test_where_the_oldest_messages_make_room_they_do_so_ahead(app, ready):
+    ready.context_length = 600
+    app.sessions.change(ANNA.session, {"max_new_tokens": 100})
+    conversation = say(app, "first " + "x" * 150)
+    for number in range(4):
+        conversation = say(app, f"number {number} " + "y" * 120, conversation.id)
+    told = ahead(app, "the next question " + "z" * 30, conversation.id)
+    say(app, "the next question " + "z" * 30, conversation.id)
+    assert "first" not in told and told.endswith("the next question " + "z" * 14) and prompt(ready).startswith(told)
+
+
+def test_other_parameters_of_the_request_are_the_replys(app, ready):
+    app.sessions.change(ANNA.session, {"temperature": 0.5})
+    ahead(app, "Tell me")
+    assert ready.prefilled[0].sampling.temperature == 0.5 and ready.requests == []
+
+
+def test_a_newer_draft_ends_the_older_one(app, ready):
+    ready.hold_prefills()
+    for text in ("Tell me", "Tell me of"):
+        assert chat.ahead(app, ANNA, None, text, 0)
+        until(lambda text=text: ready.prefills and ready.decode(ready.prefills[-1].prompt).endswith(text.rpartition(" ")[0]))
+    assert [request.cancel.cancelled for request in ready.prefills] == [True, False]
+    chat.ahead(app, BERT, None, "Another one", 0)
+    until(lambda: len(ready.prefills) == 3)
+    assert not ready.prefills[1].cancel.cancelled
+
+
+def test_a_draft_that_changed_nothing_certain_is_not_computed_again(app, ready):
+    assert ahead(app, "Tell me") and ahead(app, "Tell me") is None and ahead(app, "Tell them") is None
+    assert ahead(app, "Tell them all")
+
+
+@pytest.mark.parametrize("turn", ["reply", "regenerate", "continue", "edit"])
+@pytest.mark.parametrize("deaf", [False, True], ids=["", "an engine that hangs"])
+def test_a_turn_ends_what_is_computed_before_it_begins_itself(turn, deaf, app, ready):
+    conversation = say(app, "Hi")
+    ready.hold_prefills(deaf=deaf)
+    chat.ahead(app, ANNA, conversation.id, "More", 0)
+    chat.ahead(app, BERT, None, "Mine", 0)
+    until(lambda: len(ready.prefills) == 2)
+    mine = next(request for request in ready.prefills if request.client == "anna")
+    states = []
+    generate = ready.generate
+    ready.generate = lambda request: states.append(mine.cancel.cancelled) or generate(request)
+    act = {
+        "reply": lambda: chat.reply(app, ANNA, conversation.id, "More"),
+        "regenerate": lambda: chat.regenerate(app, ANNA, conversation.id, conversation.tip),
+        "continue": lambda: chat.continue_reply(app, ANNA, conversation.id, conversation.tip),
+        "edit": lambda: chat.edit(app, ANNA, conversation.id, conversation.path()[0].id, "Ho"),
+    }
+    finish(act[turn]())
+    assert states == [True]
+    assert not next(request for request in ready.prefills if request.client == "bert").cancel.cancelled
+    assert shown(app, conversation.id)[-1][2] == "done"
+
+
+def test_while_a_reply_is_written_nothing_is_computed(app, ready):
+    turn = held(app)
+    assert ahead(app, "Tell me", turn.conversation.id) is None and ready.prefills == []
+    assert ahead(app, "Tell me") is not None, "another chat"
+    ready.gate.release(10)
+    finish(turn)
+    assert ahead(app, "Tell me", turn.conversation.id) is not None
+
+
+def test_without_a_model_nothing_is_computed_or_loaded(app, ready):
+    app.models.unload()
+    assert chat.ahead(app, ANNA, None, "Tell me", 0)
+    assert app.ahead.busy == 0 and ready.prefills == [] and app.models.status().state == "none"
+
+
+def test_a_model_unloaded_for_being_idle_stays_so_and_one_in_use_ahead_counts_as_idle(app, ready):
+    app.models._idle_seconds = 60
+    app.models._loaded.last_use -= 61
+    assert ahead(app, "Tell me") is not None
+    ready.hold_prefills()
+    chat.ahead(app, ANNA, None, "Tell me of it", 0)
+    until(lambda: len(ready.prefills) == 2)
+    app.models.unload_if_idle()
+    assert ready.unloaded and app.models.status().state == "none"
+    until(lambda: app.ahead.busy == 0)
+    assert chat.ahead(app, ANNA, None, "Tell me of it all", 0)
+    assert app.models.status().state == "none" and app.models.loaded_backend() is None and len(ready.prefills) == 2
+    assert say(app, "Tell me of it all").path()[-1].state == "done"
+
+
+def test_an_engine_that_is_dead_is_left_to_the_next_turn(app, ready):
+    ready.alive = lambda: False
+    assert chat.ahead(app, ANNA, None, "Tell me", 0) and app.ahead.busy == 0 and ready.prefills == []
+
+
+def test_a_model_that_cannot_and_a_switch_say_so(app, ready, tmp_path, monkeypatch):
+    ready.features = frozenset({"parallel"})
+    assert not chat.ahead(app, ANNA, None, "Tell me", 0)
+    off = make_app(tmp_path / "off", monkeypatch, "--no-prefill-ahead")
+    try:
+        off.models.backend.features = frozenset({"prefill"})
+        assert not chat.ahead(off, ANNA, None, "Tell me", 0)
+        assert off.models.backend.prefills == [] and off.ahead.busy == 0
+        with pytest.raises(NotFound):
+            chat.ahead(off, ANNA, "no-such-chat", "Tell me", 0)
+    finally:
+        off.close()
+
+
+def test_an_old_revision_computes_nothing_and_changes_nothing(app, ready):
+    app.sessions.change(ANNA.session, {"top_k": 5})
+    session = app.sessions.get(ANNA.session)
+    assert chat.ahead(app, ANNA, None, "Tell me", 0) and app.ahead.busy == 0 and ready.prefills == []
+    assert ahead(app, "Tell me") and app.sessions.get(ANNA.session) == session
+
+
+@pytest.mark.parametrize("size", [5000, 1_000_000, MAX_MESSAGE_CHARACTERS + 1])
+def test_what_cannot_be_sent_is_no_error_ahead(size, app, ready):
+    assert ahead(app, "x" * size) is None
+    assert ahead(app, "Tell me") is not None
+
+
+def test_a_bad_template_is_no_error_ahead(app, ready):
+    ready.chat_template = "{{ messages["
+    assert ahead(app, "Tell me") is None and ready.prefills == []
+
+
+def test_a_chat_of_somebody_else_is_not_read_ahead(app, ready):
+    conversation = say(app, "My secret")
+    for id in (conversation.id, "no-such-chat"):
+        with pytest.raises(NotFound):
+            chat.ahead(app, BERT, id, "Tell me", 0)
+    assert app.ahead.busy == 0 and ready.prefills == []
+
+
+def test_the_end_of_the_program_ends_it(app, ready):
+    ready.hold_prefills()
+    chat.ahead(app, ANNA, None, "Tell me", 0)
+    until(lambda: ready.prefills)
+    app.close()
+    assert app.ahead.busy == 0 and ready.prefills[0].cancel.cancelled and ready.prefilled == []
+
+
+def test_it_takes_no_turn(app, ready):
+    """A model without "parallel" writes one reply at a time; computing ahead is not one."""
+    ready.hold_prefills(deaf=True)
+    chat.ahead(app, BERT, None, "Tell me", 0)
+    until(lambda: ready.prefills)
+    assert say(app, "Hi").path()[-1].state == "done"
+
+
 # --- news ---------------------------------------------------------------------------------------------------------------------------
 
 

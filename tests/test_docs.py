@@ -53,5 +53,5 @@ def test_write_makes_stale_files_fresh_and_leaves_the_rest(tmp_path):
 
 
 def test_a_table_of_nothing_known_is_told():
-    with pytest.raises(DataError, match="no class of options 'Sampling'"):
-        docs.with_tables("<!-- table: Sampling -->\n<!-- end -->", {"Settings": Settings})
+    with pytest.raises(DataError, match="no table 'Sampling'; there are: Settings"):
+        docs.with_tables("<!-- table: Sampling -->\n<!-- end -->", {"Settings": "| Name |\n"})

@@ -37,15 +37,21 @@ ORDER = [
     "modules.backends.llama_cpp.client",
     "modules.backends.llama_cpp",
     "modules.backends.llama_cpp.threads",
-    "modules.backends.llama_cpp.chain",
-    "modules.backends.llama_cpp.model",
+    "modules.backends.llama_cpp.cache",
     "modules.backends.llama_cpp.scheduler",
+    "modules.backends.llama_cpp.chain",
+    "modules.backends.llama_cpp.vision",
+    "modules.backends.llama_cpp.model",
+    "modules.backends.llama_cpp.speculation",
+    "modules.backends.llama_cpp.jobs",
     "modules.backends.llama_cpp.engine",
     "modules.loaders",
     "modules.models",
+    "modules.metrics",
     "modules.auth",
     "modules.guard",
     "modules.replies",
+    "modules.ahead",
     "modules.app",
     "modules.launch",
     "modules.docs",
@@ -68,7 +74,7 @@ ORDER = [
     "server",
 ]
 
-ENGINE_PROCESS = ("chain", "model", "scheduler", "engine")
+ENGINE_PROCESS = ("chain", "vision", "model", "speculation", "jobs", "engine")
 """Of modules.backends.llama_cpp: what runs in the engine's own process, where a native crash is not the server's."""
 
 ONLY_UNDER = {
@@ -212,7 +218,7 @@ def watch(event, arguments):
         did.append(event)
 before = dict(os.environ), list(sys.argv), threading.active_count(), list(logging.getLogger().handlers)
 import importlib
-import pydantic, yaml, jinja2  # what these do when they are imported is theirs
+import numpy, pydantic, yaml, jinja2  # what these do when they are imported is theirs
 try:
     import cryptography, starlette
 except ImportError:

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from modules import loaders, models
-from modules.backends.base import CancelToken, GenerationRequest
+from modules.backends.base import CancelToken, EngineStats, GenerationRequest
 from modules.errors import Busy, EngineDied, ModelError, NameError_, NoModel, NotFound, SettingsError
 from modules.models import ModelSlot, ModelStatus, TurnLock
 from modules.paths import UserData
@@ -72,11 +72,11 @@ def test_choose_finds_loader_and_options(slot):
 
 
 def test_a_wrong_choice_is_told(slot, tmp_path):
-    (slot._data.models / "x.txt").touch()
+    (slot.data.models / "x.txt").touch()
     for arguments, error in [
         (("none.fake",), NotFound),
         (("../a.fake",), NameError_),
-        ((str(slot._data.models / "a.fake"),), NameError_),
+        ((str(slot.data.models / "a.fake"),), NameError_),
         (("x.txt",), ModelError),
         (("a.fake", "exllama"), ModelError),
         (("a.fake", "", {"fake_size": 99}), SettingsError),
@@ -91,7 +91,7 @@ def test_only_the_command_line_may_name_a_path_elsewhere(slot, tmp_path):
     (tmp_path / "elsewhere.fake").touch()
     choice = slot.choose(str(tmp_path / "elsewhere.fake"), anywhere=True)
     assert (choice.name, choice.path) == ("elsewhere.fake", tmp_path / "elsewhere.fake")
-    assert slot.choose("a.fake", anywhere=True).path == slot._data.models / "a.fake"
+    assert slot.choose("a.fake", anywhere=True).path == slot.data.models / "a.fake"
 
 
 # --- loading and unloading ----------------------------------------------------------------------------------------------------------
@@ -111,6 +111,28 @@ def test_load_use_unload_and_what_listeners_see(slot, engine):
     assert engine.loaded[0].unloaded and slot.status() == ModelStatus()
     slot.unload()
     assert seen == [("loading", "a.fake", 0.0), ("loading", "a.fake", 0.5), ("ready", "a.fake", 1.0), ("none", None, 0.0), ("none", None, 0.0)]
+
+
+def test_who_listens_for_loads_gets_each_model_before_it_can_be_used(slot, engine):
+    seen = []
+    slot.on_load(lambda backend: seen.append((backend, slot._status.state)))
+    slot.load(slot.choose("a.fake"))
+    engine.errors["b.fake"] = ModelError("No.")
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("b.fake"))
+    assert seen == [(engine.loaded[0], "ready"), (engine.loaded[1], "ready")]  # the second: a again, after b
+
+
+def test_stats_are_there_with_a_model_that_tells_them(slot, engine):
+    assert slot.stats() is None
+    slot.load(slot.choose("a.fake"))
+    assert slot.stats() is None
+    engine.make = lambda: FakeBackend(features=frozenset({"stats"}))
+    slot.load(slot.choose("b.fake"))
+    engine.loaded[-1].told = EngineStats(busy_sequences=3)
+    assert slot.stats() == EngineStats(busy_sequences=3)
+    slot.unload_if_idle()
+    assert slot.stats() is None and len(engine.loaded) == 2  # asking loads nothing
 
 
 def test_the_former_model_is_freed_before_the_next_is_loaded(slot, engine):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from modules import templates
 from modules.conversation import Conversation
 from modules.errors import PromptTooLong, TemplateError
-from modules.templates import FALLBACK, ChatTemplate, PromptMessage, fit, prompt_messages, stop_strings
+from modules.templates import FALLBACK, ChatTemplate, PromptMessage, fit, leave_out, prompt_messages, stop_strings
 
 GOLDEN = Path(__file__).parent / "golden" / "prompts"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.jinja"))
@@ -537,5 +537,5 @@ def test_whatever_the_history_the_prompt_fits_or_says_why(lengths, budget, step,
     fitted = fit(chat, messages, budget, Words().encode, step)
     assert len(fitted.tokens) <= budget
     kept = messages[with_system + fitted.dropped :]
-    assert fitted.prompt == chat(messages[:with_system] + kept)
+    assert fitted.prompt == chat(messages[:with_system] + kept) == chat(leave_out(messages, fitted.dropped))
     assert fitted.dropped == 0 or kept[0].role == "user"

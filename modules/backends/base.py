@@ -6,10 +6,10 @@ Nothing here knows a chat, a template or a stop string's meaning; `text_generati
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from modules.options import Options
 from modules.samplers import SamplingParams
@@ -65,7 +65,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation. `prompt` is text (special tokens are recognised, BOS by `sampling.add_bos_token`) or exact token ids."""
+    """One generation. `prompt` is text (special tokens are recognised, BOS by `sampling.add_bos_token`) or exact token ids.
+
+    With `images` it is text that holds the backend's `image_marker` once for each image, in order.
+    """
 
     prompt: str | tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -76,11 +79,18 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     """Applied to text by `text_generation`; a backend ignores them."""
     images: tuple[bytes, ...] = ()
+    """Encoded files (PNG, JPEG, …), as they came."""
     adapters: tuple[Adapter, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, value added to its logit); −inf bans the token."""
+    json_schema: str = ""
+    """A JSON schema that the text must satisfy, with "grammar"; not together with `sampling.grammar_string`."""
     logprobs: int = 0
     """How many alternatives to report for each token; 0: none."""
+    prompt_logprobs: int | None = None
+    """Report the prompt's own tokens too, each with so many alternatives. The prompt is then computed whole, without the cache."""
+    client: str = ""
+    """Who asks. An engine that runs many requests takes waiting ones of different clients in turn."""
     cancel: CancelToken = field(default_factory=CancelToken, compare=False)
 
 
@@ -106,6 +116,10 @@ class Timings:
     """Prompt tokens taken from the cache."""
     decode_seconds: float = 0.0
     """From the first generated token to the last."""
+    draft_tokens: int = 0
+    """Tokens guessed ahead (speculation)."""
+    accepted_tokens: int = 0
+    """Of these, how many the model agreed with."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +140,61 @@ class Chunk:
     """While the prompt is being computed: tokens done so far (cached ones included)."""
     timings: Timings | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """The next part of the prompt's tokens, from its second one on: nothing stands before the first."""
+    queue_position: int | None = None
+    """While waiting for a place: how many stand in front; 0 is the next."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does now, and has done since its model was loaded (restarts of its process included)."""
+
+    busy_sequences: int = 0
+    """Requests that have a place in the batch."""
+    parallel: int = 1
+    """How many may."""
+    waiting: int = 0
+    max_queue: int = 0
+    cells: int = 0
+    """Places for tokens in the context's cache."""
+    cells_used: int = 0
+    cached_sequences: int = 0
+    """Finished sequences kept in cells."""
+    spilled_sequences: int = 0
+    """Finished sequences kept in main memory."""
+    spilled_bytes: int = 0
+    memory_bytes: int = 0
+    """Resident memory of the engine."""
+    threads: int = 0
+    """Threads of the last step."""
+    prompt_tokens: int = 0
+    """Computed. Of this field and those below: totals."""
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    steps: int = 0
+    cache_hits_cells: int = 0
+    """Requests that found a prefix in cells, in main memory, nowhere."""
+    cache_hits_memory: int = 0
+    cache_misses: int = 0
+    evictions: int = 0
+    preemptions: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    """Requests that ended, by finish reason, or "error"."""
+    restarts: int = 0
 
 
 class Backend(Protocol):
     """A loaded model. Methods may be called from any thread.
 
-    `features` (ask these, never the class): "parallel" (many generate() at once), "grammar", "logprobs", "images", "adapters",
-    "prefill", "embeddings".
+    `features` (ask these, never the class): "parallel" (many generate() at once), "grammar", "logprobs" (of the prompt too), "generate"
+    (it writes text: all but models for embeddings do); each of the following with the methods of that name's protocol below:
+    "images", "adapters", "prefill", "embeddings", "stats".
     """
 
     name: str
@@ -168,6 +230,71 @@ class Backend(Protocol):
     def unload(self) -> None:
         """Free everything. Running generations end with EngineDied. A second call does nothing."""
         ...
+
+
+class Prefilling(Protocol):
+    """What a backend with "prefill" has besides."""
+
+    def prefill(self, request: GenerationRequest) -> None:
+        """Compute the prompt into the cache while nobody else computes; returns when done, given way for good, or cancelled.
+
+        Never raises Busy: under load it does nothing. Raises PromptTooLong, EngineDied.
+        """
+        ...
+
+
+class Adapting(Protocol):
+    """What a backend with "adapters" has besides. Requests name adapters by path; one that is not loaded is loaded first."""
+
+    def load_adapter(self, path: Path) -> None:
+        """Raises ModelError when it does not fit the model. A second call does nothing."""
+        ...
+
+    def unload_adapter(self, path: Path) -> None:
+        """Free it. Raises Busy while a request uses it; one that is not loaded is no error."""
+        ...
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """Those loaded."""
+        ...
+
+
+class Embedding(Protocol):
+    """What a backend with "embeddings" has besides."""
+
+    def embed(self, texts: Sequence[str | tuple[int, ...]], cancel: CancelToken) -> Embeddings:
+        """Pooled as the model says (mean where it does not), of length 1. Raises PromptTooLong naming the text, Busy, EngineDied."""
+        ...
+
+
+class Seeing(Protocol):
+    """What a backend with "images" has besides."""
+
+    image_marker: str
+    """Stands in a prompt where an image belongs. Made up at each load, so that no text from outside can hold it."""
+
+
+class Measured(Protocol):
+    """What a backend with "stats" has besides."""
+
+    def stats(self) -> EngineStats:
+        """Now; at most a second old. Never waits for the engine."""
+        ...
+
+
+def adapters_of(backend: Backend, wanted: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """Those of `wanted` that `backend` has loaded."""
+    loaded = cast(Adapting, backend).adapters if "adapters" in backend.features else ()
+    return tuple(adapter for adapter in wanted if adapter.path.resolve() in loaded)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of some texts, and how many tokens these had together."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class EchoBackend:
         self.context_length = context_length
         self.chat_template = chat_template
         self.bos_token = self.eos_token = ""
-        self.features: frozenset[str] = frozenset({"parallel"})
+        self.features: frozenset[str] = frozenset({"generate", "parallel"})
         self._script = script
         self._unloaded = False
 

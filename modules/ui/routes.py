@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request, WebSocket
+from fastapi import APIRouter, Body, Depends, Request, Response, WebSocket
 from fastapi.responses import FileResponse
 
 from modules import chat, settings
@@ -15,7 +15,7 @@ from modules.guard import require_json
 from modules.paths import write_atomically
 from modules.ui import ASSETS
 from modules.ui.events import serve_events
-from modules.ui.views import info_view, message_view, status_view
+from modules.ui.views import engine_view, info_view, message_view, status_view
 
 Json = dict[str, Any]
 
@@ -43,6 +43,7 @@ def build_router(app: App, auth: Auth) -> APIRouter:
     _add_turns(router, app, writer)
     _add_session(router, app, who, writer)
     _add_models(router, app, who, writer)
+    _add_metrics(router, app, auth)
 
     @router.websocket("/chat/events")
     async def events(socket: WebSocket) -> None:
@@ -118,6 +119,11 @@ def _add_turns(router: APIRouter, app: App, writer: Callable[..., Identity]) -> 
         current(identity, revision)
         return answer(chat.reply(app, identity, conversation, text))
 
+    @router.post("/chat/ahead", status_code=202)
+    def ahead(identity: Asker, text: Text, revision: Annotated[int, Body()], conversation: Annotated[str | None, Body()] = None) -> Json:
+        """A draft; `{"ahead": false}` where telling another one is useless until another model is loaded."""
+        return {"ahead": chat.ahead(app, identity, conversation, text, revision)}
+
     @router.post("/chat/regenerate", status_code=202)
     def regenerate(identity: Asker, conversation: Text, message: Text, revision: Annotated[int, Body()]) -> Json:
         current(identity, revision)
@@ -185,6 +191,12 @@ def _add_models(router: APIRouter, app: App, who: Callable[..., Identity], write
     def models(identity: Annotated[Identity, Depends(who)]) -> Json:
         return {"models": [] if app.settings.multi_user else app.models.names(), **status()}
 
+    @router.get("/models/status")
+    def now(identity: Annotated[Identity, Depends(who)]) -> Json:
+        """What the Model tab asks again and again while it is shown."""
+        stats = app.models.stats()
+        return {**status(), "engine": engine_view(stats) if stats else None}
+
     @router.post("/models/load", status_code=202)
     def load(
         identity: Annotated[Identity, Depends(admin)],
@@ -204,3 +216,13 @@ def _add_models(router: APIRouter, app: App, who: Callable[..., Identity], write
     def cancel(identity: Annotated[Identity, Depends(admin)]) -> Json:
         app.models.cancel_loading()
         return status()
+
+
+def _add_metrics(router: APIRouter, app: App, auth: Auth) -> None:
+    @router.get("/metrics")
+    def metrics(request: Request) -> Response:
+        """For a Prometheus. Where there are logins it needs one; else it cannot have this page's cookie, and there is nothing private in it."""
+        if auth.login_required:
+            auth.need(request)
+        body, content_type = app.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})

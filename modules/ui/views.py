@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from modules.backends.base import EngineStats
 from modules.conversation import Message
 from modules.models import ModelStatus
 from modules.replies import Stats
@@ -55,6 +56,20 @@ def info_view(info: ConversationInfo, running: bool) -> dict[str, Any]:
 def status_view(status: ModelStatus) -> dict[str, Any]:
     """ModelStatus."""
     return vars(status) | {"samplers": list(status.samplers)}
+
+
+def engine_view(stats: EngineStats) -> dict[str, Any]:
+    """What the card on the Model tab shows of a working engine."""
+    return {
+        "busy": stats.busy_sequences,
+        "parallel": stats.parallel,
+        "waiting": stats.waiting,
+        "cells": stats.cells,
+        "cells_used": stats.cells_used,
+        "kept": stats.cached_sequences,
+        "spilled": stats.spilled_sequences,
+        "spilled_bytes": stats.spilled_bytes,
+    }
 
 
 class BlockPresenter:

@@ -1,7 +1,13 @@
-"""The engine process as its user sees it: right text, and every way in which a process, a file or a request can go wrong."""
+"""The engine process as its user sees it: right text, and every way in which a process, a file or a request can go wrong.
+
+What many requests at once do to each other stands in `test_llama_cpp_sharing.py`.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
 import signal
 import subprocess
@@ -9,31 +15,43 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 
-from modules.backends.base import Adapter, CancelToken, Chunk, GenerationRequest
+from modules.backends.base import CancelToken, EngineStats, GenerationRequest
 from modules.backends.llama_cpp import LOADER, client, connection
 from modules.backends.llama_cpp.client import LlamaCppBackend
 from modules.backends.llama_cpp.connection import Call, Connection, environment, exit_words, merge
 from modules.backends.llama_cpp.protocol import Frame
-from modules.errors import EngineDied, ModelError, PromptTooLong, SettingsError
-from modules.samplers import NEUTRAL, SamplingParams
+from modules.errors import EngineDied, ModelError, NoModel, PromptError, PromptTooLong, SettingsError
+from modules.samplers import NEUTRAL
 from modules.system import is_alive
+from tests.backends.llama_cpp_help import (
+    CHAT,
+    ENDLESS,
+    GREEDY,
+    Stream,
+    Task,
+    differ,
+    gone,
+    is_zombie,
+    load,
+    logprobs_of,
+    of_prompt,
+    request,
+    reused,
+    run,
+    text_of,
+    tokens_of,
+    wait_for,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-GREEDY = NEUTRAL.replace({"temperature": 0})
-ENDLESS = GREEDY.replace({"ban_eos_token": True})
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-OPTIONS = {"ctx_size": 2048, "threads": 1, "threads_batch": 1}
 real_engine = pytest.mark.engine
-
-
-def load(path: Path, progress: Callable[[float, str], None] = lambda _fraction, _words: None, cancel: CancelToken | None = None) -> LlamaCppBackend:
-    backend = LOADER.load(path, LOADER.options.build(OPTIONS), progress, cancel or CancelToken())
-    assert isinstance(backend, LlamaCppBackend)
-    return backend
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +61,13 @@ def backend(starter_model: Path) -> Iterator[LlamaCppBackend]:
     made.unload()
 
 
-def run(backend: LlamaCppBackend, prompt: str | tuple[int, ...], sampling: SamplingParams = GREEDY, **values) -> list[Chunk]:
-    return list(backend.generate(GenerationRequest(prompt, sampling, **{"max_new_tokens": 24, **values})))
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of some hundred kilobytes that writes nonsense."""
+    pytest.importorskip("gguf")
+    from tests.backends import tiny_models
 
-
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
-
-
-def gone(pid: int) -> bool:
-    """Whether the process ends, and is reaped, within a bounded time."""
-    deadline = time.monotonic() + 20
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not is_alive(pid)
+    return tiny_models.dense(tmp_path_factory.mktemp("models") / "dense.gguf")
 
 
 # --- replies ------------------------------------------------------------------------------------------------------------------------
@@ -161,11 +172,183 @@ def test_penalty_range_zero_is_the_whole_context(backend):
 
 
 @real_engine
-def test_what_this_version_cannot_do_is_said(backend):
-    with pytest.raises(ModelError, match="Images are not supported"):
+def test_what_this_model_cannot_do_is_said(backend):
+    with pytest.raises(ModelError, match="--mmproj"):
         run(backend, "x", images=(b"png",))
-    with pytest.raises(ModelError, match="LoRA"):
-        run(backend, "x", adapters=(Adapter(Path("a.gguf")),))
+    with pytest.raises(PromptError, match="images must be text"):
+        run(backend, (5, 6), images=(b"png",))
+    assert backend.features == {"generate", "parallel", "grammar", "logprobs", "prefill", "adapters", "embeddings", "stats"}
+
+
+@real_engine
+def test_max_new_tokens_is_exact_also_at_nought(backend):
+    for limit in (0, 1, 7):
+        chunks = run(backend, "The fox", ENDLESS, max_new_tokens=limit)
+        assert chunks[-1].finish_reason == "length" and chunks[-1].completion_tokens == limit == len(tokens_of(chunks))
+
+
+@real_engine
+def test_bans_of_many_tokens_and_a_bias_that_forces(backend):
+    letters = tuple((token, float("-inf")) for token in range(1000, 20_000))
+    assert not set(tokens_of(run(backend, "The capital of France is", logit_bias=letters))) & set(range(1000, 20_000))
+    forced = backend.encode(" hen")[0]
+    assert tokens_of(run(backend, "The fox", logit_bias=((forced, 500.0),), max_new_tokens=5)) == [forced] * 5
+
+
+@real_engine
+def test_end_tokens_end_and_can_be_banned(backend):
+    (end,) = backend.encode(backend.eos_token)
+    stopped = run(backend, "The fox", logit_bias=((end, 500.0),))
+    assert stopped[-1].finish_reason == "stop" and stopped[-1].completion_tokens == 0 and text_of(stopped) == ""
+    banned = run(backend, "The fox", ENDLESS, logit_bias=((end, 500.0),))
+    assert banned[-1].finish_reason == "length" and end not in tokens_of(banned)
+
+
+# --- schemas and grammars -----------------------------------------------------------------------------------------------------------
+
+ANIMAL = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "legs": {"enum": [2, 4]}}, "required": ["name", "legs"]}
+CHAIN = {
+    "$defs": {"node": {"type": "object", "properties": {"value": {"enum": [1]}, "next": {"$ref": "#/$defs/node"}}, "required": ["value"]}},
+    "$ref": "#/$defs/node",
+}
+
+
+@real_engine
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_schema_is_followed(backend, seed):
+    found = json.loads(text_of(run(backend, "An animal as JSON:", NEUTRAL, seed=seed, json_schema=json.dumps(ANIMAL), max_new_tokens=100)))
+    assert set(found) == {"name", "legs"} and isinstance(found["name"], str) and len(found["name"]) <= 8 and found["legs"] in (2, 4)
+
+
+@real_engine
+def test_schemas_of_all_kinds_are_followed(backend):
+    def said(schema: object, **values) -> object:
+        return json.loads(text_of(run(backend, "JSON:", json_schema=json.dumps(schema), max_new_tokens=60, **values)))
+
+    assert said({"const": {"a": [1, None, True]}}) == {"a": [1, None, True]}
+    assert said({"enum": ["red", "green"]}) in ("red", "green")
+    bits = said({"type": "array", "items": {"enum": [0, 1]}, "minItems": 3, "maxItems": 3})
+    assert isinstance(bits, list) and len(bits) == 3 and set(bits) <= {0, 1}
+    assert said({"type": "string", "pattern": "^[a-c]{2}$"})[:1] in ("a", "b", "c")
+    assert said({"type": ["boolean", "null"]}) in (True, False, None)
+    closing = backend.encode("}")[0]
+    assert said(CHAIN, logit_bias=((closing, 20.0),))["value"] == 1
+
+
+def deep(levels: int) -> str:
+    return '{"type":"object","properties":{"a":' * levels + '{"type":"string"}' + "}}" * levels
+
+
+HOSTILE = {
+    "number": "5",
+    "text": '"x"',
+    "null": "null",
+    "list": "[]",
+    "not JSON": "{",
+    "unknown type": {"type": "foo"},
+    "deep": deep(2000),
+    "brackets": "[" * 100_000,
+    "one MB": {"type": "object", "properties": {f"property{n}": {"type": "string"} for n in range(30_000)}},
+    "many properties": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(5000)}},
+    "itself": {"$ref": "#"},
+    "itself alone": {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}},
+    "elsewhere": {"$ref": "https://example.com/schema.json"},
+    "nowhere": {"$ref": "#/$defs/none"},
+    "a wrong pattern": {"type": "string", "pattern": "^*$"},
+    "brackets in a pattern": {"type": "string", "pattern": "^" + "(" * 5000 + "a" + ")" * 5000 + "$"},
+    "a long pattern": {"type": "string", "pattern": "^a{1000000000}$"},
+    "minItems": {"type": "array", "items": {}, "minItems": 10**9},
+    "maxItems": {"type": "array", "items": {}, "maxItems": 10**9},
+    "minLength": {"type": "string", "minLength": 10**9},
+    "maxLength": {"type": "string", "maxLength": 10**9},
+    "below nought": {"type": "array", "items": {}, "minItems": -5, "maxItems": -1},
+    "of another type": {"type": "string", "minLength": "x", "pattern": 7, "enum": 5},
+    "no choice": {"anyOf": []},
+}
+
+
+@real_engine
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_schema_costs_a_message(backend, name):
+    schema, pid = HOSTILE[name], backend.pid
+    with pytest.raises(SettingsError, match=r"JSON schema|grammar"):
+        run(backend, "x", json_schema=schema if isinstance(schema, str) else json.dumps(schema))
+    assert backend.pid == pid and run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length"
+
+
+GRAMMARS = {
+    "brackets": "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000,
+    "brackets that fit": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
+    "a chain": "\n".join(["root ::= r0", *(f"r{n} ::= r{n + 1}" for n in range(100_000)), 'r100000 ::= "a"']),
+    "many": "root ::= " + " | ".join(['"a"'] * 100_000),
+    "itself": 'root ::= root "a" | "b"',
+    "repeated": 'root ::= "a"{1000000000}',
+    "open": 'root ::= "a',
+    "over a frame": "root ::= " + "a" * (9 << 20),
+}
+
+
+@real_engine
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_hostile_grammar_costs_a_message(backend, name):
+    pid = backend.pid
+    with pytest.raises((SettingsError, PromptError)):
+        run(backend, "x", GREEDY.replace({"grammar_string": GRAMMARS[name]}))
+    assert backend.pid == pid and run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length"
+
+
+@real_engine
+def test_a_grammar_and_a_schema_are_one_too_many(backend):
+    with pytest.raises(SettingsError, match="cannot both"):
+        run(backend, "x", GREEDY.replace({"grammar_string": 'root ::= "a"'}), json_schema=json.dumps(ANIMAL))
+
+
+# --- probabilities ------------------------------------------------------------------------------------------------------------------
+
+
+@real_engine
+def test_probabilities_of_the_prompt_are_those_of_writing_it(backend):
+    text = "The quick brown fox jumps over the lazy dog. " * 15
+    prompt = backend.encode(text)
+    assert len(prompt) > 130  # more than two pieces of 64
+    chunks = run(backend, prompt, max_new_tokens=2, prompt_logprobs=3)
+    found = of_prompt(chunks)
+    assert [entry.token for entry in found] == prompt[1:] and reused(chunks) == 0 and chunks[-1].completion_tokens == 2
+    for place in (1, 2, 3, 62, 63, 64, 65, 66, 127, 128, 129, len(prompt) - 1):
+        forced = run(backend, prompt[:place], logit_bias=((prompt[place], 1000.0),), max_new_tokens=1, logprobs=3)
+        (written,) = logprobs_of(forced)
+        read = found[place - 1]
+        assert written.token == read.token and written.text == read.text
+        assert written.logprob == pytest.approx(read.logprob, abs=1e-3), place
+        assert [value for _, _, value in written.top] == pytest.approx([value for _, _, value in read.top], abs=1e-3)
+    assert len(of_prompt(run(backend, prompt, max_new_tokens=0, prompt_logprobs=0))) == len(prompt) - 1
+
+
+@real_engine
+def test_perplexity_tells_english_from_noise(backend):
+    def perplexity(tokens: list[int]) -> float:
+        found = of_prompt(run(backend, tokens, max_new_tokens=0, prompt_logprobs=0))
+        assert len(found) == len(tokens) - 1 and all(entry.top == () for entry in found)
+        return math.exp(-sum(entry.logprob for entry in found) / len(found))
+
+    tokens = backend.encode("Water boils at one hundred degrees. It is a liquid that all living things need, and most of the earth is covered by it.")
+    assert 1 < perplexity(tokens) * 20 < perplexity(tokens[::-1])
+    assert of_prompt(run(backend, tokens[:1], max_new_tokens=0, prompt_logprobs=5)) == []
+
+
+@real_engine
+def test_every_token_of_the_vocabulary_may_be_asked_for_and_fewer_may_come(backend):
+    chunks = run(backend, "The fox and the hen " * 20, max_new_tokens=2, logprobs=10**6, prompt_logprobs=10**6)
+    for entry in (*of_prompt(chunks), *logprobs_of(chunks)):
+        values = [value for _, _, value in entry.top]
+        assert len(values) >= 1000 and values == sorted(values, reverse=True) and sum(map(math.exp, values)) <= 1.0001
+
+
+@real_engine
+def test_probabilities_do_not_depend_on_what_else_is_asked(backend):
+    wanted = run(backend, "Once upon a time", max_new_tokens=8, logprobs=2, prompt_logprobs=1)
+    assert len(logprobs_of(wanted)) == 8
+    assert not differ(wanted, run(backend, "Once upon a time", max_new_tokens=8))
 
 
 @real_engine
@@ -175,6 +358,14 @@ def test_a_megabyte_of_text_and_more_than_a_frame(backend, monkeypatch):
     monkeypatch.setattr(client, "MAX_RAW", 10)
     with pytest.raises(PromptTooLong, match="MiB"):
         backend.encode("longer than ten bytes")
+
+
+@real_engine
+def test_a_request_that_no_frame_holds_is_refused_and_the_next_one_is_answered(backend):
+    for values in ({"json_schema": "x" * (9 << 20)}, {"logit_bias": tuple((token, 1.5) for token in range(1_000_000))}):
+        with pytest.raises((PromptError, SettingsError)):
+            run(backend, "x", **values)
+        assert run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length"
 
 
 # --- cancel -------------------------------------------------------------------------------------------------------------------------
@@ -194,105 +385,265 @@ def test_cancel_during_prefill_takes_effect_inside_a_piece(backend):
 
 
 @real_engine
-def test_cancel_of_a_waiting_request_ends_it_while_another_runs(backend):
-    running = backend.generate(GenerationRequest("Once", ENDLESS))
-    while not next(running).token_ids:
-        pass
-    token = CancelToken()
-    waiting = backend.generate(GenerationRequest("Twice", GREEDY, cancel=token))
-    threading.Timer(0.1, token.cancel).start()
-    assert [chunk.finish_reason for chunk in waiting] == ["cancelled"]
-    assert next(running).token_ids
+def test_cancel_while_others_go_on(backend):
+    running, other = (Stream(backend, request(prompt, ENDLESS, max_new_tokens=None)).writes() for prompt in ("Once", "Twice"))
+    last = other.stop()[-1]
+    assert last.finish_reason == "cancelled" and last.completion_tokens == len(tokens_of(other.chunks)) > 0 and last.timings
+    seen = len(running.chunks)
     assert backend.encode("counted while a reply is written")
-    running.close()
+    wait_for(lambda: len(running.chunks) > seen)
+    running.stop()
+
+
+@real_engine
+def test_a_cancelled_request_costs_nothing_later(backend):
+    token = CancelToken()
+    token.cancel()
+    chunks = run(backend, "Once", cancel=token)
+    assert [chunk.finish_reason for chunk in chunks] == ["cancelled"] and backend.embed(["a"], token).vectors == ()
+    wait_for(lambda: backend.stats().busy_sequences == backend.stats().waiting == 0)
 
 
 # --- death --------------------------------------------------------------------------------------------------------------------------
 
 
+class Totals:
+    """Looks at the totals all the time; they must never go back."""
+
+    NAMES = [field.name for field in fields(EngineStats)][[field.name for field in fields(EngineStats)].index("prompt_tokens") :]
+
+    def __init__(self, backend: LlamaCppBackend) -> None:
+        self._backend = backend
+        self._over = threading.Event()
+        self._task = Task(self._look)
+
+    def _look(self) -> None:
+        before = EngineStats()
+        while not self._over.wait(0.001):
+            now = self._backend.stats()
+            for name in self.NAMES:
+                if name != "finished":
+                    assert getattr(now, name) >= getattr(before, name), name
+            assert all(now.finished.get(reason, 0) >= count for reason, count in before.finished.items())
+            before = now
+
+    def stop(self) -> None:
+        self._over.set()
+        self._task.result()
+
+
+def load_of_four(backend: LlamaCppBackend, until: threading.Event) -> list[Task]:
+    """Four threads that send requests until told to stop. Each gives how many of them ended well, and the errors of the others."""
+
+    def ask(number: int) -> tuple[int, list[str]]:
+        well, died = 0, []
+        while not until.is_set():
+            try:
+                ended = run(backend, f"Story {number}: " + "foxes and hens " * 20, ENDLESS, max_new_tokens=40, client=str(number))
+                assert ended[-1].finish_reason == "length" and ended[-1].completion_tokens == 40
+                well += 1
+            except EngineDied as error:
+                died.append(str(error))
+        return well, died
+
+    return [Task(ask, number) for number in range(4)]
+
+
 @real_engine
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_kill_during_a_reply_is_said_and_the_next_request_is_answered(starter_model):
+@needs_signals
+def test_kill_under_load_is_told_to_all_and_service_comes_back(dense):
+    backend, over = load(dense), threading.Event()
+    totals, pids = Totals(backend), []
+    try:
+        tasks = load_of_four(backend, over)
+        for deaths in (1, 2, 3):
+            wait_for(lambda: backend.alive() and backend.stats().busy_sequences and backend.pid not in pids)
+            pids.append(backend.pid)
+            os.kill(pids[-1], signal.SIGKILL)
+            wait_for(lambda died=deaths: backend.alive() and backend.stats().restarts == died)
+        over.set()
+        ends = [task.result() for task in tasks]
+        assert all(well and len(died) <= 3 for well, died in ends)
+        errors = [error for _, died in ends for error in died]
+        assert errors and all("signal 9" in error and "Your text is kept" in error for error in errors)
+        totals.stop()
+        assert run(backend, "Hello", max_new_tokens=2)[-1].finish_reason == "length" and len(set(pids)) == 3
+    finally:
+        over.set()
+        pids.append(backend.pid)
+        backend.unload()
+    assert all(map(gone, pids))
+
+
+@real_engine
+@needs_signals
+def test_the_engine_comes_back_although_nobody_asks_and_is_the_same(starter_model):
     seen: list[float] = []
     backend = load(starter_model, lambda fraction, _words: seen.append(fraction))
     try:
-        wanted = text_of(run(backend, "The fox"))
-        stream = backend.generate(GenerationRequest("The fox", ENDLESS))
-        for _ in range(5):
-            next(stream)
+        wanted = run(backend, "The fox", logprobs=2)
         pid = backend.pid
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(EngineDied, match=r"signal 9.*Your text is kept; send again"):
-            list(stream)
-        assert gone(pid) and not backend.alive() and backend.memory() == 0
         seen.clear()
-        assert text_of(run(backend, "The fox")) == wanted and backend.alive() and seen[-1] == 1.0 and backend.pid != pid
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not backend.alive())
+        assert backend.memory() == 0 or backend.pid != pid
+        wait_for(backend.alive)
+        assert gone(pid) and seen[-1] == 1.0 and backend.pid != pid and backend.stats().restarts == 1
+        assert not differ(wanted, run(backend, "The fox"))
     finally:
+        pid = backend.pid
         backend.unload()
-    assert gone(backend.pid)
+    assert gone(pid)
 
 
 @real_engine
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_repeated_deaths_are_not_repaired_for_ever(starter_model, monkeypatch):
-    monkeypatch.setattr(client, "DEATHS_ALLOWED", 1)
-    backend = load(starter_model)
-    backend._deaths = client.collections.deque(maxlen=1)
+@needs_signals
+def test_a_frozen_engine_does_not_keep_anybody_waiting(dense):
+    backend = load(dense, engine_timeout=2)
     try:
-        for _ in range(2):
-            os.kill(backend.pid, signal.SIGKILL)
-            assert gone(backend.pid)
-            while backend.alive():
-                time.sleep(0.01)
-            if backend._deaths:
-                with pytest.raises(EngineDied, match="Load the model again"):
-                    backend.encode("x")
-            else:
-                assert backend.encode("x")
-    finally:
-        backend.unload()
-
-
-@real_engine
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_new_start_can_be_cancelled_or_fail_and_leaves_no_process(starter_model, tmp_path):
-    path = tmp_path / "moved.gguf"
-    path.symlink_to(starter_model)
-    seen: list[Callable[[], None]] = []
-    backend = load(path, lambda _fraction, _words: [act() for act in seen])
-    try:
-        os.kill(backend.pid, signal.SIGKILL)
-        assert gone(backend.pid)
-        token = CancelToken()
-        seen.append(token.cancel)
-        assert run(backend, "x", cancel=token)[-1].finish_reason == "cancelled"
-        assert gone(backend.pid)
-        seen[:] = [backend.unload]
-        with pytest.raises(EngineDied, match="could not be loaded again"):
-            run(backend, "x")
-        assert gone(backend.pid)
-        with pytest.raises(ModelError, match="The model was unloaded"):
-            backend.start(CancelToken())
-        assert gone(backend.pid)
-    finally:
-        backend.unload()
-
-
-@real_engine
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_frozen_engine_does_not_keep_anybody_waiting(starter_model, monkeypatch):
-    monkeypatch.setattr(client, "Connection", lambda: Connection(silence=6.0))
-    backend = load(starter_model)
-    try:
-        stream = backend.generate(GenerationRequest("The fox", ENDLESS))
-        next(stream)
-        os.kill(backend.pid, signal.SIGSTOP)
+        streams = [Stream(backend, request(f"{n}", ENDLESS, max_new_tokens=None)).writes() for n in range(4)]
+        pid, began = backend.pid, time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
         token = CancelToken()
         token.cancel()
         assert run(backend, "x", cancel=token)[-1].finish_reason == "cancelled"  # Stop works although nobody answers
-        with pytest.raises(EngineDied, match="did not answer for 6 seconds"):
-            list(stream)
-        assert run(backend, "The fox")[-1].finish_reason
+        for task in (*(stream.task for stream in streams), Task(backend.encode, "x")):
+            with pytest.raises(EngineDied, match=r"did not answer for 2 seconds"):
+                task.result(10)
+            assert task.ended_at - began < 2 + 4
+        assert run(backend, "The fox", max_new_tokens=1)[-1].finish_reason == "length" and gone(pid)
+        assert backend.stats().restarts == 1
+    finally:
+        backend.unload()
+
+
+@real_engine
+@needs_signals
+def test_a_frozen_engine_that_nobody_waits_for_is_left_alone(dense):
+    backend = load(dense, engine_timeout=2)
+    try:
+        pid = backend.pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)  # more than the timeout: that nothing happens cannot be waited for
+        os.kill(pid, signal.SIGCONT)
+        assert run(backend, "The fox", max_new_tokens=1)[-1].finish_reason == "length" and backend.pid == pid
+    finally:
+        backend.unload()
+
+
+@real_engine
+@needs_signals
+def test_a_start_that_fails_is_tried_again_with_growing_pauses(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.3)
+    path = tmp_path / "moved.gguf"
+    path.symlink_to(dense)
+    starts: list[float] = []
+    failures: list[float] = []
+    backend = load(path, lambda fraction, _words: starts.append(time.monotonic()) if fraction == 0.0 else None)
+    start = backend.start
+
+    def noted(cancel: CancelToken) -> None:
+        try:
+            start(cancel)
+        except ModelError:
+            failures.append(time.monotonic())
+            raise
+
+    monkeypatch.setattr(backend, "start", noted)
+    try:
+        starts.clear()
+        path.unlink()
+        os.kill(backend.pid, signal.SIGKILL)
+        wait_for(lambda: not backend.alive())
+        with pytest.raises(EngineDied, match="could not be started again"):  # it waits for the first attempt
+            Task(run, backend, "x").result()
+        wait_for(lambda: len(failures) >= 4)
+        for ask in (lambda: backend.encode("x"), lambda: run(backend, "x"), lambda: backend.embed(["x"], CancelToken())):
+            began = time.monotonic()
+            with pytest.raises(EngineDied, match="could not be started again"):
+                ask()
+            assert time.monotonic() - began < 0.5  # at once
+        pauses = [start - failure for failure, start in zip(failures, starts[1:], strict=False)]
+        assert all(later > earlier * 1.4 for earlier, later in itertools.pairwise(pauses)) and pauses[0] >= 0.3
+        assert not backend.alive() and backend.memory() == 0
+        path.symlink_to(dense)
+        wait_for(backend.alive)
+        assert run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length"
+    finally:
+        backend.unload()
+
+
+@real_engine
+@needs_signals
+def test_unload_during_a_pause_or_a_start_ends_the_attempts(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 30.0)
+    path = tmp_path / "moved.gguf"
+    path.symlink_to(dense)
+    seen: list[Callable[[], None]] = []
+    before = set(psutil.Process().children())
+    backend = load(path, lambda _fraction, _words: [act() for act in seen])
+    path.unlink()
+    os.kill(backend.pid, signal.SIGKILL)
+    wait_for(lambda: not backend.alive())
+    with pytest.raises(EngineDied):
+        Task(run, backend, "x").result()
+    assert [thread for thread in threading.enumerate() if thread.name == "engine-start"]
+    backend.unload()
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine-start"], 5)
+    with pytest.raises(NoModel):
+        run(backend, "x")
+
+    backend = load(dense, lambda _fraction, _words: [act() for act in seen])
+    seen[:] = [backend.unload]
+    os.kill(backend.pid, signal.SIGKILL)
+    wait_for(lambda: not backend.alive())
+    with pytest.raises((NoModel, EngineDied)):
+        Task(run, backend, "x").result()
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine-start"])
+    assert set(psutil.Process().children()) == before
+
+
+@real_engine
+@needs_signals
+def test_who_waits_for_a_start_can_stop_waiting(dense):
+    began, go_on = threading.Event(), threading.Event()
+    go_on.set()
+
+    def progress(_fraction: float, _words: str) -> None:
+        began.set()
+        go_on.wait(20)
+
+    backend = load(dense, progress)
+    try:
+        began.clear()
+        go_on.clear()
+        os.kill(backend.pid, signal.SIGKILL)
+        assert began.wait(20)
+        token = CancelToken()
+        waiting = Task(run, backend, "x", cancel=token)
+        threading.Timer(0.1, token.cancel).start()
+        assert [chunk.finish_reason for chunk in waiting.result(5)] == ["cancelled"]
+        go_on.set()
+        assert run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length"  # that one's Stop has stopped nobody else
+    finally:
+        go_on.set()
+        backend.unload()
+
+
+@real_engine
+@needs_signals
+def test_a_death_between_loading_and_being_known_is_noticed(dense, monkeypatch):
+    reload_adapters = LlamaCppBackend._reload_adapters
+
+    def and_die(self: LlamaCppBackend, loaded: Connection) -> None:
+        monkeypatch.setattr(LlamaCppBackend, "_reload_adapters", reload_adapters)
+        os.kill(loaded.pid, signal.SIGKILL)
+        wait_for(lambda: not loaded.alive)
+
+    monkeypatch.setattr(LlamaCppBackend, "_reload_adapters", and_die)
+    backend = load(dense)
+    try:
+        assert run(backend, "x", max_new_tokens=1)[-1].finish_reason == "length" and backend.stats().restarts == 1
     finally:
         backend.unload()
 
@@ -311,7 +662,7 @@ list(stream)
 
 
 @real_engine
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@needs_signals
 def test_the_engine_ends_when_its_parent_is_killed(starter_model):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(starter_model)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())  # it is in the middle of a prompt
@@ -320,16 +671,9 @@ def test_the_engine_ends_when_its_parent_is_killed(starter_model):
     parent.wait(10)
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while is_alive(pid) and not _zombie(pid) and time.monotonic() < deadline:
+    while is_alive(pid) and not is_zombie(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not is_alive(pid) or _zombie(pid)  # a container without an init does not reap orphans
-
-
-def _zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
+    assert not is_alive(pid) or is_zombie(pid)  # a container without an init does not reap orphans
 
 
 @real_engine
@@ -378,7 +722,10 @@ def test_loading_can_be_cancelled(starter_model):
 
 @real_engine
 def test_an_engine_that_dies_while_loading_is_a_model_error(starter_model, monkeypatch):
-    monkeypatch.setattr(client, "Connection", lambda: Connection((sys.executable, "-c", "import os; os.abort()")))
+    def stillborn(**values) -> Connection:
+        return Connection((sys.executable, "-c", "import os; os.abort()"), **values)
+
+    monkeypatch.setattr(client, "Connection", stillborn)
     with pytest.raises(ModelError, match=r"could not be loaded: The engine stopped unexpectedly \(signal 6"):
         load(starter_model)
 
@@ -421,9 +768,6 @@ class Silent:
 
     def send(self, frame: Frame) -> None:
         self.sent.append(frame)
-
-    def check_heartbeat(self) -> None:
-        pass
 
     def forget(self, call: Call) -> None:
         pass

@@ -656,3 +656,168 @@ def test_back_leaves_a_deleted_chat_behind(live_server, new_tab):
     tab.go_back()
     tab.wait_for_function("(url) => location.href === url", arg=first)
     expect(tab.locator(".tgw-msg.user")).to_have_count(1)
+
+
+# --- computed ahead -------------------------------------------------------------------------------------------------------------------
+
+SPY = """
+window.told = [];
+const plain = window.fetch;
+window.fetch = (url, options) => {
+    if (String(url).endsWith('/chat/ahead')) window.told.push(JSON.parse(options.body));
+    return plain(url, options);
+};
+"""
+
+
+@pytest.fixture
+def reading(live_server):
+    """A model that reads ahead what is typed."""
+    backend = live_server.backend
+    backend.features = frozenset({"prefill"})
+    yield backend
+    backend.hold_prefills(False)
+
+
+@pytest.fixture
+def spied(new_browser, live_server):
+    """A tab whose `told` are the drafts that it told the server, and whose clock `pause` puts forward."""
+    tab = new_browser().new_page()
+    tab.clock.install()
+    tab.add_init_script(SPY)
+    with tab.expect_response("**/chat/ahead"):
+        tab.goto(live_server.url)
+        box(tab).wait_for()
+        until(lambda: told(tab))
+    return tab
+
+
+def told(tab):
+    pause(tab)
+    return tab.evaluate("told")
+
+
+def pause(tab):
+    """Longer than the pause in typing after which a draft is told."""
+    tab.clock.run_for(400)
+
+
+def read(backend):
+    """What the model was last told to read ahead."""
+    return backend.decode(backend.prefills[-1].prompt) if backend.prefills else ""
+
+
+def test_what_is_typed_is_read_before_it_is_sent(live_server, reading, new_tab):
+    tab = new_tab()
+    until(lambda: read(reading).endswith("user\n"))
+    box(tab).type("Tell me of the sea")
+    until(lambda: read(reading).endswith("user\nTell me of the"))
+    box(tab).press("Enter")
+    expect(reply(tab).locator(".tgw-body")).to_have_text("Hello world")
+    finished(tab)
+    assert reading.decode(reading.requests[0].prompt).startswith("<|im_start|>user\nTell me of the sea")
+    until(lambda: read(reading).endswith("Hello world<|im_end|>\n<|im_start|>user\n"))
+    box(tab).type("And more of it")
+    until(lambda: read(reading).endswith("Hello world<|im_end|>\n<|im_start|>user\nAnd more of"))
+
+
+def test_a_chat_that_is_opened_is_read(live_server, reading, new_tab):
+    tab = new_tab()
+    ask(tab, "First")
+    tab.get_by_role("button", name="New chat").first.click()
+    ask(tab, "Second")
+    until(lambda: "Second" in read(reading))
+    rows(tab).nth(1).locator("a").click()
+    until(lambda: "user\nFirst<|im_end|>" in read(reading) and read(reading).endswith("<|im_start|>user\n"))
+    box(tab).fill("A draft that stays")
+    until(lambda: read(reading).endswith("A draft that"))
+    live_server.app.ahead.cancel(next(iter(live_server.app.ahead._last)))  # else it is known to have been read
+    reading.prefills.clear()
+    tab.reload()
+    until(lambda: read(reading).endswith("A draft that"))
+
+
+def test_a_message_is_sent_though_the_reading_hangs(live_server, reading, new_tab):
+    reading.hold_prefills(deaf=True)
+    tab = new_tab()
+    box(tab).type("Tell me of the sea")
+    until(lambda: reading.prefills)
+    box(tab).press("Enter")
+    expect(reply(tab).locator(".tgw-body")).to_have_text("Hello world")
+    finished(tab)
+    send(tab, "And more of it")
+    expect(tab.locator(".tgw-msg")).to_have_count(4)
+    expect(reply(tab).locator(".tgw-body")).to_have_text("Hello world")
+    finished(tab)
+    assert len(reading.prefills) == 1 and tab.locator(".tgw-toast").count() == 0
+
+
+def test_a_request_that_hangs_keeps_nobody_from_typing_and_sending(live_server, reading, spied):
+    held = []
+    spied.route("**/chat/ahead", lambda route: held.append(route))
+    for word in ("Tell me", " of the", " deep sea"):
+        box(spied).press("End")
+        spied.keyboard.type(word)
+        until(lambda: told(spied) and held)
+    box(spied).press("Enter")
+    expect(reply(spied).locator(".tgw-body")).to_have_text("Hello world")
+    finished(spied)
+    assert [draft["text"] for draft in told(spied)] == ["", "Tell me"], "one at a time"
+    held[0].abort()
+    until(lambda: len(told(spied)) == 3 and len(held) == 2)
+    assert told(spied)[2]["text"] == "" and told(spied)[2]["conversation"] in spied.url
+    assert spied.locator(".tgw-toast").count() == 0
+    held[1].abort()
+
+
+def test_only_what_changed_is_told_and_never_during_a_reply(live_server, reading, spied):
+    for text in ("He", "Hello you", "Hello there you"):
+        box(spied).fill(text)
+        until(lambda text=text: told(spied)[-1]["text"] == (text if len(text) > 2 else ""))
+        until(lambda: live_server.app.ahead.busy == 0)
+        box(spied).dispatch_event("input")
+        pause(spied)
+    assert [draft["text"] for draft in told(spied)] == ["", "Hello you", "Hello there you"]
+    live_server.hold("One", "two")
+    box(spied).press("Enter")
+    live_server.say()
+    expect(reply(spied).locator(".tgw-body")).to_have_text("One")
+    spied.keyboard.type("What I think meanwhile")
+    pause(spied)
+    assert len(told(spied)) == 3
+    live_server.say()
+    finished(spied)
+    until(lambda: len(told(spied)) == 4)
+    assert told(spied)[3]["text"] == "What I think meanwhile" and told(spied)[3]["conversation"] in spied.url
+
+
+def test_a_page_that_is_not_seen_tells_nothing(live_server, reading, spied):
+    hide = "(hidden) => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true }); }"
+    spied.evaluate(hide, True)
+    box(spied).type("Tell me of the sea")
+    pause(spied)
+    assert len(told(spied)) == 1
+    spied.evaluate(hide, False)
+    spied.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    until(lambda: told(spied)[-1]["text"] == "Tell me of the sea")
+
+
+@pytest.mark.parametrize("live_server", [("--no-prefill-ahead",)], indirect=True)
+def test_where_it_is_switched_off_the_page_asks_once(live_server, reading, spied):
+    box(spied).type("Tell me of the sea")
+    pause(spied)
+    box(spied).press("Enter")
+    expect(reply(spied).locator(".tgw-body")).to_have_text("Hello world")
+    finished(spied)
+    pause(spied)
+    assert [draft["text"] for draft in told(spied)] == [""] and reading.prefills == []
+
+
+def test_another_model_is_asked_anew(live_server, spied):
+    box(spied).type("Tell me of the sea")
+    pause(spied)
+    assert len(told(spied)) == 1, "the first model cannot"
+    make = live_server.engine.make
+    live_server.engine.make = lambda: make(features=frozenset({"prefill"}))
+    live_server.app.models.load(live_server.app.models.choose("other.fake"))
+    until(lambda: told(spied) and read(live_server.backend).endswith("Tell me of the"))

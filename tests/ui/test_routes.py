@@ -2,11 +2,16 @@
 
 import json
 import shutil
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
+import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from modules.backends.base import EngineStats
 from modules.errors import DataError
 from modules.ui import serve
 from tests.fakes import until
@@ -151,6 +156,31 @@ def test_versions_edit_select_continue_and_stop(me, live):
     assert me.json("POST", "/chat/stop", {"message": running}) == {}  # it had ended just before
 
 
+def test_a_draft_is_computed_ahead_and_asked_for_no_more_where_it_cannot_be(me, live):
+    id = me.ask("Hi")["conversation"]["id"]
+    me.ended(id)
+    draft = {"conversation": id, "text": "Tell me of it", "revision": me.revision}
+    assert me.json("POST", "/chat/ahead", draft, 202) == {"ahead": False}
+    backend = live.backend
+    backend.features = frozenset({"prefill"})
+    try:
+        backend.hold_prefills()
+        assert me.json("POST", "/chat/ahead", draft, 202) == {"ahead": True}
+        until(lambda: backend.prefills)
+        assert backend.decode(backend.prefills[0].prompt).endswith("Hello world<|im_end|>\n<|im_start|>user\nTell me of")
+        assert me.json("POST", "/chat/ahead", draft | {"revision": 7, "text": "Another draft"}, 202) == {"ahead": True}
+        assert not backend.prefills[0].cancel.cancelled, "an old page changes nothing"
+        assert me.ended(me.ask("Tell me of it", id)["conversation"]["id"])["text"] == "Hello world"
+        assert backend.prefills[0].cancel.cancelled and len(backend.prefills) == 1
+        me.json("POST", "/models/unload", {}, 202)
+        assert me.json("POST", "/chat/ahead", draft, 202) == {"ahead": True}
+        assert me.json("GET", "/models")["status"]["state"] == "none"
+        until(lambda: live.app.ahead.busy == 0)
+    finally:
+        backend.hold_prefills(False)
+    assert backend.prefilled == []
+
+
 # --- owners -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +198,7 @@ def test_nothing_of_another_owner_exists(me, other, live):
         ("PATCH", f"/chat/conversations/{id}", {"title": "Stolen"}),
         ("DELETE", f"/chat/conversations/{id}", None),
         ("POST", "/chat/messages", where | {"text": "Hi"}),
+        ("POST", "/chat/ahead", where | {"text": "Hi"}),
         ("POST", "/chat/regenerate", where | what),
         ("POST", "/chat/continue", where | what),
         ("POST", "/chat/edit", where | what | {"text": "Changed"}),
@@ -205,6 +236,7 @@ def test_a_browser_without_cookie_is_told_to_reload(live):
 
 WRITING = (
     ("POST", "/chat/messages"),
+    ("POST", "/chat/ahead"),
     ("POST", "/chat/regenerate"),
     ("POST", "/chat/continue"),
     ("POST", "/chat/edit"),
@@ -578,3 +610,68 @@ def test_the_model_folder_may_vanish(me, live):
         me.json("POST", "/models/load", {"name": "model.fake"}, 404)
     finally:
         shutil.move(aside, live.app.data.models)
+
+
+def test_the_model_tab_can_ask_what_the_engine_does(me, live):
+    assert me.json("GET", "/models/status") == {"status": me.json("GET", "/models")["status"], "engine": None}
+    with patched(live.backend, features=frozenset({"stats"}), told=EngineStats(busy_sequences=2, parallel=4, cells=100, cells_used=40)):
+        engine = me.json("GET", "/models/status")["engine"]
+    assert (engine["busy"], engine["parallel"], engine["cells"], engine["cells_used"]) == (2, 4, 100, 40)
+    live.app.models.unload()
+    answer = me.json("GET", "/models/status")
+    assert answer["engine"] is None and answer["status"]["state"] == "none"
+
+
+@contextmanager
+def patched(thing, **values):
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(mock.patch.object(thing, name, value))
+        yield
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------------------
+
+
+def families(response):
+    assert response.status_code == 200 and response.headers["cache-control"] == "no-store", response.text
+    return {family.name: family for family in text_string_to_metric_families(response.text)}
+
+
+def test_metrics_are_for_everybody_where_there_are_no_logins(live):
+    response = httpx.get(live.url + "/metrics", headers={"Accept": "*/*"})  # without a cookie: a Prometheus
+    found = families(response)
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert found["tgw_model_info"].samples[0].labels == {"model": "model.fake", "loader": "fake"}
+    response = httpx.get(live.url + "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert response.text.endswith("# EOF\n")
+
+
+def test_metrics_without_a_model(live):
+    live.app.models.unload()
+    found = families(httpx.get(live.url + "/metrics"))
+    assert "tgw_uptime_seconds" in found and "tgw_model_info" not in found
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_metrics_are_not_for_foreign_names_and_pages(headers, live):
+    response = httpx.get(live.url + "/metrics", headers=headers)
+    assert response.status_code == 403 and "tgw_" not in response.text
+
+
+def test_metrics_are_read_only(live):
+    assert httpx.post(live.url + "/metrics").status_code in (404, 405)
+
+
+def test_metrics_need_the_login_that_everything_needs(tmp_path):
+    with live_app(tmp_path / "user_data", "--multi-user", users={"ann": "pw"}) as live:
+        response = httpx.get(live.url + "/metrics")
+        assert response.status_code == 401 and response.json()["error"]["code"] == "NotLoggedIn" and "tgw_" not in response.text
+        with httpx.Client(base_url=live.url) as scraper:  # as the documentation says
+            assert scraper.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 401
+            assert scraper.get("/metrics").status_code == 401
+            assert scraper.post("/login", data={"username": "ann", "password": "pw"}).json() == {"success": True}
+            assert "tgw_uptime_seconds" in families(scraper.get("/metrics"))
+            scraper.post("/logout")
+            assert scraper.get("/metrics").status_code == 401

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modules.backends.base import EngineStats
 from modules.conversation import Message
 from modules.models import ModelStatus
 from modules.replies import Stats
 from modules.store import ConversationInfo
 from modules.ui.render import render_blocks
-from modules.ui.views import BlockPresenter, info_view, message_view, stats_view, status_view
+from modules.ui.views import BlockPresenter, engine_view, info_view, message_view, stats_view, status_view
 from tests.ui.live import Message as Shown
 
 MARKDOWN = (
@@ -44,6 +45,12 @@ def test_a_status_and_a_line_of_the_list_are_json():
     assert json.loads(json.dumps(status_view(ModelStatus("ready", "m", samplers=("top_k",)))))["samplers"] == ["top_k"]
     line = info_view(ConversationInfo("c", "T", 5.0, True, (("a ", False), ("b", True))), running=False)
     assert line == {"id": "c", "title": "T", "updated": 5.0, "snippet": [["a ", False], ["b", True]], "running": False}
+
+
+def test_the_card_is_told_what_the_engine_does():
+    stats = EngineStats(2, 4, 1, 64, 8192, 2048, 5, 6, 7_000_000, 999, 2, 123, finished={"stop": 1})
+    shown = {"busy": 2, "parallel": 4, "waiting": 1, "cells": 8192, "cells_used": 2048, "kept": 5, "spilled": 6, "spilled_bytes": 7_000_000}
+    assert json.loads(json.dumps(engine_view(stats))) == shown
 
 
 def test_prefill_is_told_until_the_first_token():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ class Chain:
         """Raises SettingsError for a wrong grammar or a token that the model does not have."""
         self._vocabulary = vocabulary
         self._grammar: Sampler | None = None
-        self._listeners: list[Sampler] = []
+        self._listeners: list[tuple[Sampler, int]] = []  # and how many last tokens each looks at
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         try:
             for name, args in plan:
@@ -54,15 +55,15 @@ class Chain:
             return
         lib.llama_sampler_chain_add(self._chain, sampler)
         if name in ("penalties", "dry"):
-            self._listeners.append(sampler)
+            self._listeners.append((sampler, _window(self._vocabulary, args["last_n"])))
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Show the end of the prompt to penalties and DRY. A grammar, and samplers that learn from their own choices, do not see it."""
-        for sampler in self._listeners:
-            for token in tokens:
+        for sampler, window in self._listeners:
+            for token in tokens[-window:] if window else ():
                 lib.llama_sampler_accept(sampler, token)
 
-    def sample(self, context: Any, index: int = -1) -> int | None:
+    def sample(self, context: Any, index: int) -> int | None:
         """Choose and accept a token from the logits of output `index`; None when the grammar allows nothing more."""
         if self._grammar is None:
             return int(lib.llama_sampler_sample(self._chain, context, index))
@@ -160,6 +161,7 @@ def _dry(vocabulary: Vocabulary, args: Mapping[str, Any]) -> Sampler:
 
 def _grammar(vocabulary: Vocabulary, args: Mapping[str, Any]) -> Sampler:
     text = args["text"].encode("utf-8", "replace")
+    check_grammar(text)
     with _native_errors() as said:
         sampler = lib.llama_sampler_init_grammar(vocabulary.pointer, text, b"root")
     if not sampler:
@@ -167,6 +169,29 @@ def _grammar(vocabulary: Vocabulary, args: Mapping[str, Any]) -> Sampler:
         reason = reason.removesuffix(" at ") or "it needs a rule named root, and no rule may begin with itself"
         raise SettingsError(f"The grammar cannot be used: {reason}. Correct it, or empty the field.")
     return sampler
+
+
+MAX_GRAMMAR = 64 * 1024
+MAX_RULES = 2000
+MAX_BRACKETS = 100
+MAX_BRANCHES = 2000
+
+
+def check_grammar(text: bytes) -> None:
+    """Raise SettingsError for a grammar that is too much for llama.cpp's parser, which is recursive and whose choices are all tried at once."""
+    depth = deepest = 0
+    plain = re.sub(rb'"(\\.|[^"\\])*"|\[(\\.|[^\]\\])*\]|#[^\n]*', b'""', text)
+    for character in plain:
+        depth += (character == ord("(")) - (character == ord(")"))
+        deepest = max(deepest, depth)
+    for count, most, what in (
+        (len(text), MAX_GRAMMAR, "bytes"),
+        (plain.count(b"::="), MAX_RULES, "rules"),
+        (deepest, MAX_BRACKETS, "brackets one inside the other"),
+        (plain.count(b"|"), MAX_BRANCHES, "alternatives"),
+    ):
+        if count > most:
+            raise SettingsError(f"The grammar cannot be used: it has {count} {what}, and at most {most} are read. Make it smaller.")
 
 
 @contextmanager

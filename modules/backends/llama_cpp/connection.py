@@ -1,7 +1,8 @@
 """One life of the engine process, as the server sees it: start, frames out and in, death, end.
 
-Three threads: one writes (a caller never blocks on a full pipe), one reads and hands frames to the calls that wait for them, one keeps the
-last lines of stderr. When the process ends, however it ends, every waiting call is told and the process is reaped.
+Four threads: one writes (a caller never blocks on a full pipe), one reads and hands frames to the calls that wait for them, one keeps the
+last lines of stderr, one watches that the process is heard and gets on with its work. When the process ends, however it ends, every waiting call
+is told and the process is reaped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from modules.system import start_child, stop_tree
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = (sys.executable, "-m", "modules.backends.llama_cpp.engine")
-SILENCE_SECONDS = 30.0
-"""An engine from which nothing was heard for so long, not even its heartbeat, is killed when somebody waits for it."""
+TIMEOUT_SECONDS = 120.0
+START_SECONDS = 15.0
+"""Before its first heartbeat an engine has at least so long: Python and the library are being read."""
+WATCH_SECONDS = 0.25
 MERGE_FROM = 64
-_LAST_FRAMES = ("end", "error", "loaded", "tokens", "text", "pong")
+_LAST_FRAMES = ("end", "error", "loaded", "tokens", "text", "vectors", "done", "pong")
 _ERRORS: dict[str, type[UserError]] = {error.__name__: error for error in (Busy, ModelError, PromptError, PromptTooLong, SettingsError)}
 
 
@@ -78,7 +81,7 @@ class Call:
         """
         while (frame := self._next(patience)) is not None:
             if frame.kind == "error":
-                raise _ERRORS.get(frame.fields["kind"], ModelError)(frame.fields["message"])
+                raise _error(frame.fields)
             yield frame
             if frame.kind in _LAST_FRAMES:
                 return
@@ -92,10 +95,7 @@ class Call:
                     raise self._error
                 if self._cancelled_at is not None and time.monotonic() - self._cancelled_at >= patience:
                     return None
-                self._changed.wait(1.0 if self._cancelled_at is None else patience)
-                quiet = not self._frames and self._error is None
-            if quiet:
-                self._connection.check_heartbeat()
+                self._changed.wait(None if self._cancelled_at is None else patience)
 
     def last(self) -> Frame:
         """The last frame; the others are dropped. Same errors as `frames`."""
@@ -110,9 +110,14 @@ class Call:
         self._connection.forget(self)
 
 
+def _error(fields: Mapping[str, Any]) -> UserError:
+    kind = _ERRORS.get(fields["kind"], ModelError)
+    return Busy(fields["message"], fields["retry_after"]) if kind is Busy and "retry_after" in fields else kind(fields["message"])
+
+
 def merge(first: Frame, second: Frame) -> Frame:
     """Two chunks of one request as one: text, tokens and log-probabilities joined, the later counts."""
-    joined = {name: [*first.fields.get(name, ()), *second.fields.get(name, ())] for name in ("tokens", "logprobs")}
+    joined = {name: [*first.fields.get(name, ()), *second.fields.get(name, ())] for name in ("tokens", "logprobs", "prompt_logprobs")}
     fields = {**first.fields, **second.fields, **{name: values for name, values in joined.items() if values}}
     return Frame("chunk", second.id, fields, first.raw + second.raw)
 
@@ -120,16 +125,26 @@ def merge(first: Frame, second: Frame) -> Frame:
 class Connection:
     """A running engine process."""
 
-    def __init__(self, command: tuple[str, ...] = COMMAND, silence: float = SILENCE_SECONDS) -> None:
-        """Starts the process. Raises ModelError when the system refuses."""
-        self._silence = silence
+    def __init__(
+        self, command: tuple[str, ...] = COMMAND, timeout: float = TIMEOUT_SECONDS, on_death: Callable[[Connection], None] = lambda _: None
+    ) -> None:
+        """Starts the process. Raises ModelError when the system refuses.
+
+        `timeout`: seconds without a sign of life, or without progress in its work, after which the process is ended. `on_death` is called once
+        the process is gone, unless `close` ended it.
+        """
+        self._timeout = timeout
+        self._on_death = on_death
+        self._closing = False
+        self._over = threading.Event()
+        self._beats, self._progressed = -1, time.monotonic()
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._death: UserError | None = None
         self._ending: UserError | None = None  # why we end it ourselves
-        self._heard = time.monotonic()
-        self._out: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._heard = self._first_call = time.monotonic()
+        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._said: collections.deque[str] = collections.deque(maxlen=50)
         self.health: Mapping[str, Any] = {}
         """Fields of the last heartbeat."""
@@ -140,7 +155,8 @@ class Connection:
             raise ModelError(f"The engine could not be started: {error.strerror or error}. Free some memory and try again.") from error
         # The reader comes last: when the process dies at once, it waits for the listener, which must have been started.
         self._threads = [
-            threading.Thread(target=work, name=f"engine-{work.__name__}", daemon=True) for work in (self._listen, self._write, self._read)
+            threading.Thread(target=work, name=f"engine-{work.__name__}", daemon=True)
+            for work in (self._listen, self._write, self._watch, self._read)
         ]
         self._listener = self._threads[0]
         for thread in self._threads:
@@ -157,28 +173,36 @@ class Connection:
         return self._death is None
 
     def call(self, kind: str, fields: Mapping[str, Any], raw: bytes = b"") -> Call:
-        """Send a request. Raises EngineDied when the process has ended."""
+        """Send a request. Raises EngineDied when the process has ended, PromptError when the request is too large."""
+        number = next(self._ids)
+        try:
+            data = encode(Frame(kind, number, fields, raw))
+        except ProtocolError:
+            raise PromptError("The request is too large for the engine. Shorten its text, grammar or lists.") from None
         with self._lock:
             if self._death:
                 raise self._death
-            call = Call(self, next(self._ids))
+            call = Call(self, number)
+            if not self._calls:
+                self._first_call = time.monotonic()  # silence before it harmed nobody
             self._calls[call.id] = call
-        self.send(Frame(kind, call.id, fields, raw))
+        self._out.put(data)
         return call
 
     def send(self, frame: Frame) -> None:
         """Queue a frame for the process; never blocks."""
-        self._out.put(frame)
+        self._out.put(encode(frame))
+
+    @property
+    def waited_for(self) -> int:
+        """Calls that wait for an answer."""
+        with self._lock:
+            return len(self._calls)
 
     def forget(self, call: Call) -> None:
         """Drop what still comes for `call`."""
         with self._lock:
             self._calls.pop(call.id, None)
-
-    def check_heartbeat(self) -> None:
-        """Kill a process that has been silent for too long; its calls then end with EngineDied."""
-        if self.alive and time.monotonic() - self._heard > self._silence:
-            self.kill(EngineDied(f"The engine did not answer for {self._silence:.0f} seconds and was stopped. {_AGAIN}"))
 
     def kill(self, reason: UserError) -> None:
         """End the process at once; calls end with `reason`."""
@@ -190,7 +214,8 @@ class Connection:
         """End the process in order: ask, wait `patience` seconds, then force. It is gone, and reaped, afterwards."""
         with self._lock:
             self._ending = self._ending or reason
-        self._out.put(Frame("shutdown"))
+            self._closing = True
+        self._out.put(encode(Frame("shutdown")))
         self._out.put(None)
         try:
             self._process.wait(patience)
@@ -204,8 +229,8 @@ class Connection:
     def _write(self) -> None:
         assert self._process.stdin
         with contextlib.suppress(OSError, ValueError):  # it is dead: the reader tells everybody
-            while frame := self._out.get():
-                self._process.stdin.write(encode(frame))
+            while data := self._out.get():
+                self._process.stdin.write(data)
                 self._process.stdin.flush()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -222,12 +247,29 @@ class Connection:
 
     def _hand_out(self, frame: Frame) -> None:
         if frame.kind == "heartbeat":
-            self.health = frame.fields
+            self.health = frame.fields.get("stats", {})
+            if not frame.fields["busy"] or frame.fields["beats"] != self._beats:
+                self._progressed, self._beats = self._heard, frame.fields["beats"]
             return
+        self._progressed = self._heard
         with self._lock:
             call = self._calls.get(frame.id)
         if call:
             call.put(frame)
+
+    def _watch(self) -> None:
+        """End a process that is silent, or makes no progress, for too long while somebody waits for it."""
+        while not self._over.wait(WATCH_SECONDS):
+            now = time.monotonic()
+            allowed = max(self._timeout, START_SECONDS) if not self.health else self._timeout
+            with self._lock:
+                waited_for = bool(self._calls)
+            if not waited_for:
+                self._progressed = now  # what nobody waits for cannot be late
+            elif now - max(self._heard, self._first_call) > allowed:
+                self.kill(EngineDied(f"The engine did not answer for {allowed:.0f} seconds and was stopped. {_AGAIN}"))
+            elif now - self._progressed > self._timeout and self.health:
+                self.kill(EngineDied(f"The engine made no progress for {self._timeout:.0f} seconds and was stopped. {_AGAIN}"))
 
     def _bury(self) -> None:
         """The stream has ended: reap the process and tell every waiting call why."""
@@ -243,8 +285,11 @@ class Connection:
         with self._lock:
             self._death = self._ending or self._unexpected_death()
             calls = list(self._calls.values())
+        self._over.set()
         for call in calls:
             call.fail(self._death)
+        if not self._closing:
+            self._on_death(self)
 
     def _unexpected_death(self) -> EngineDied:
         how = exit_words(self._process.returncode)
@@ -260,7 +305,7 @@ class Connection:
         self._process.stderr.close()
 
 
-_AGAIN = "Your text is kept; send again and the model will be loaded again."
+_AGAIN = "Your text is kept; the engine is being started again: send again."
 
 
 def exit_words(code: int) -> str:
@@ -277,10 +322,19 @@ def exit_words(code: int) -> str:
 def environment(current: Mapping[str, str]) -> dict[str, str]:
     """The engine's environment: modules come from this program's folder, and a native crash ends at once.
 
-    (ggml would attach a debugger to print a backtrace, which can hang.)
+    (ggml would attach a debugger to print a backtrace, which can hang.) What the user has set for OpenMP and malloc stays.
     """
     kept = {name: value for name, value in current.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1"}
+    return {**_TUNING, **kept, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1"}
+
+
+_TUNING = {
+    # Threads that wait for each other spin for some microseconds, then sleep. GOMP's default spins for milliseconds: right on a quiet machine, but
+    # beside a busy program the spinning itself takes the time that the thread waited for needs.
+    "GOMP_SPINCOUNT": "2000",
+    # Saved states of sequences are large and come and go: each in pages of its own, which go back to the system at once.
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+}
 
 
 def verbose() -> bool:

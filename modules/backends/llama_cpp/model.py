@@ -1,44 +1,53 @@
-"""A model in llama.cpp: load, tokenise, compute. The only file, with `chain.py`, that calls the native library. Engine process only."""
+"""A model in llama.cpp: load, tokenise, compute. With `chain.py` and `vision.py` the only file that calls the native library. Engine process only.
+
+`Model` holds the weights and one context with a unified cache for many sequences; the scheduler's `Decoder` and the cache's `Memory` are its faces.
+"""
 
 from __future__ import annotations
 
 import collections
 import ctypes
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from modules.backends.llama_cpp.chain import Chain, Vocabulary
-from modules.backends.llama_cpp.threads import usable_cores, writing_threads
-from modules.errors import ModelError
+from modules.backends.llama_cpp.scheduler import Computed, NotANumber, Row
+from modules.backends.llama_cpp.threads import Threads
+from modules.backends.llama_cpp.vision import Vision
+from modules.errors import ModelError, PromptTooLong
 
 _CACHE_TYPES = {"fp16": 1, "q8_0": 8, "q4_0": 2}  # ggml.h, enum ggml_type
 _SPLIT_MODES = {"none": lib.LLAMA_SPLIT_MODE_NONE, "layer": lib.LLAMA_SPLIT_MODE_LAYER, "row": lib.LLAMA_SPLIT_MODE_ROW, "tensor": 3}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _NUMA_DISTRIBUTE = 1
-_SEQUENCE = 0  # the one sequence of this version
 _LINES_KEPT = 50
-
-
-class Computed(Enum):
-    """How a piece of computing ended."""
-
-    DONE = 0
-    FULL = 1
-    STOPPED = 2
+_CACHED_SEQUENCES = 32
+"""Numbers for finished sequences besides those that run: they cost nothing where cells are shared by reference."""
+_OUTPUTS = 64
+"""Tokens of a prompt whose probabilities are computed at once: each takes a row of the whole vocabulary."""
+_EMBEDDING_CONTEXT = 2048
+"""Tokens of a text that can be embedded: a text is pooled over one computation, which needs memory for all of it at once."""
+EMBEDDED_AT_ONCE = 16
+"""Texts in one computation of embeddings."""
+_WATCHED_FROM = 32
+"""Tokens of a step in which the callback is asked and shows that the engine gets on."""
+_EXPERTS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 class NativeLog:
     """The last lines of llama.cpp's log, to say why a load failed; with `verbose` all of it goes to stderr."""
 
     _in_use: ClassVar[Any] = None  # outlives the model: the library logs for the whole process and holds only an address
+    lines: ClassVar[collections.deque[str]] = collections.deque(maxlen=_LINES_KEPT)
 
     def __init__(self, verbose: bool) -> None:
-        self.lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
         self._verbose = verbose
         self._line = ""
         callback = lib.llama_log_callback(self._take)
@@ -69,36 +78,58 @@ def explain_failure(lines: Sequence[str]) -> str:
     return f"{reason.rstrip('.')}. Download the model again, or use another conversion of it."
 
 
-class Model:
-    """A loaded model with one context and one sequence of tokens in its cache.
+def explain_adapter(lines: Sequence[str]) -> str:
+    """Why an adapter could not be loaded and what to do, from the log's last lines."""
+    text = "\n".join(lines)
+    if "mismatch" in text or "not in base model" in text or "incorrect shape" in text or "does not exist in base model" in text:
+        return "it was made for another base model. Load the model it belongs to."
+    return explain_failure(lines).replace("Download the model again", "Download it again")
 
-    Compute from one thread; `tokenize`, `detokenize` and `piece` may be called from any.
-    """
+
+class Model:
+    """A loaded model and its context. Compute from one thread; `tokenize`, `detokenize`, `piece` and `chain` may be called from any."""
 
     def __init__(self, path: str, options: Mapping[str, Any], on_progress: Callable[[float], None], verbose: bool = False) -> None:
-        """`options`: the values of LlamaCppOptions. Raises ModelError with the reason and the fix."""
+        """`options`: the values of LlamaCppOptions and `default_context`. Raises ModelError with the reason and the fix."""
         self._log = NativeLog(verbose)
+        self._verbose = verbose
         self.nodes = 0
-        """Graph nodes of prompt pieces computed so far: grows while the engine lives, even inside a long piece."""
-        self.should_stop: Callable[[], bool] = lambda: False
-        """Asked inside a prompt piece; True ends it."""
+        """Graph nodes of long steps computed so far: grows while the engine lives, even inside a step."""
+        self._stop: Callable[[], bool] | None = None
         self._abort = lib.ggml_abort_callback(self._beat)
         self._no_abort = lib.ggml_abort_callback()
-        self._cached: list[int] = []
         lib.llama_backend_init()
         if options["numa"]:
             lib.llama_numa_init(_NUMA_DISTRIBUTE)
+        self.threads = Threads(options["threads"], options["threads_batch"])
+        self._options = options
+        self.max_queue: int = options["max_queue"]
         self._model = self._load(path, options, on_progress)
-        self._context = self._make_context(options)
-        self._memory = lib.llama_get_memory(self._context)
         self._vocab = lib.llama_model_get_vocab(self._model)
+        self._window = int(lib.llama_model_n_swa(self._model))
+        self._stateful = bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
+        self.cuts = not self._window and not self._stateful
+        """See `Memory.cuts`. With a window the library cuts without a word even where that leaves too little to go on from."""
+        self.writes = _writes(self._metadata("general.architecture"))
+        self._adapters: dict[str, Any] = {}
+        self._key: Hashable = None
+        self._embedder: Any = None
+        self._context = self._make_context(options) if self.writes else self._embedding_context()
+        self._memory = lib.llama_get_memory(self._context)
         self.context_length = int(lib.llama_n_ctx(self._context))
         self.batch_size = int(lib.llama_n_batch(self._context))
-        self._piece_buffer = ctypes.create_string_buffer(256)
+        self.outputs_size = min(self.batch_size, max(_OUTPUTS, self.sequences))
+        self._piece_buffers = threading.local()
         size = int(lib.llama_vocab_n_tokens(self._vocab))
         ends = tuple(token for token in range(size) if lib.llama_vocab_is_eog(self._vocab, token))
+        self.ends = frozenset(ends)
+        """Tokens that end a text."""
         self.vocabulary = Vocabulary(self._vocab, size, ends, self.context_length)
-        self._one = (ctypes.c_int32 * 1)()
+        self._batch = _Batch(max(self.batch_size, 1))
+        mmproj = options["mmproj"]
+        self.vision = Vision(mmproj, self._model, self.threads.reading, options["gpu_layers"] != 0, verbose) if mmproj else None
+        if self.writes:
+            self._warm_up()
 
     def _load(self, path: str, options: Mapping[str, Any], on_progress: Callable[[float], None]) -> Any:
         params = lib.llama_model_default_params()
@@ -113,6 +144,9 @@ class Model:
         split = (ctypes.c_float * max(devices, 1))(*shares[:devices])
         if shares:
             params.tensor_split = split
+        on_cpu = _on_cpu(_EXPERTS) if options["cpu_moe"] else None
+        if on_cpu is not None:
+            params.tensor_buft_overrides = ctypes.cast(on_cpu, ctypes.c_void_p)
 
         def progress(fraction: float, _data: Any) -> bool:
             on_progress(fraction)
@@ -120,9 +154,9 @@ class Model:
 
         params.progress_callback = callback = lib.llama_progress_callback(progress)
         model = lib.llama_model_load_from_file(path.encode(), params)
-        del callback, split  # lived until here for the library's sake
+        del callback, split, on_cpu  # lived until here for the library's sake
         if not model:
-            raise ModelError(f"The model could not be loaded: {explain_failure(self._log.lines)}")
+            raise ModelError(f"The model could not be loaded: {explain_failure(NativeLog.lines)}")
         if not lib.llama_model_has_decoder(model) or lib.llama_model_has_encoder(model) or lib.llama_model_is_diffusion(model):
             raise ModelError("This model does not write text from left to right (it is an encoder or a diffusion model). Choose another model.")
         return model
@@ -131,19 +165,37 @@ class Model:
         trained = int(lib.llama_model_n_ctx_train(self._model))
         params = lib.llama_context_default_params()
         params.n_ctx = options["ctx_size"] or min(trained, options["default_context"])
-        params.n_batch = min(options["batch_size"], params.n_ctx)
+        self.parallel = options["parallel"] or max(1, min(16, params.n_ctx // 2048))
+        # A state, or a window, of its own belongs to each number; there, numbers are not free.
+        self.sequences = min(256, self.parallel + _CACHED_SEQUENCES) if self.cuts else min(256, 2 * self.parallel + 4)
+        guesses = options["draft_max"] if options["spec_type"] != "none" or options["model_draft"] else 0
+        params.n_outputs_max = max(_OUTPUTS, self.sequences, self.parallel * (1 + guesses))
+        params.n_batch = min(max(options["batch_size"], params.n_outputs_max), params.n_ctx)
         params.n_ubatch = min(options["ubatch_size"], params.n_batch)
-        params.n_threads = options["threads"] or writing_threads()
-        params.n_threads_batch = options["threads_batch"] or usable_cores()
+        params.n_outputs_max = max(self.sequences, min(params.n_outputs_max, params.n_batch))
+        params.n_seq_max = self.sequences
+        params.kv_unified = True
+        params.swa_full = options["streaming_llm"]
+        self._common(params, options)
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ModelError(f"A context of {params.n_ctx} tokens could not be made: {explain_failure(NativeLog.lines)}")
+        return context
+
+    def _common(self, params: Any, options: Mapping[str, Any]) -> None:
+        params.n_threads, params.n_threads_batch = self.threads.writing, self.threads.reading
         params.type_k = params.type_v = _CACHE_TYPES[options["cache_type"]]
         params.flash_attn_type = _FLASH[options["flash_attn"]]
         params.offload_kqv = not options["no_kv_offload"]
         params.rope_freq_base = options["rope_freq_base"]
         params.rope_freq_scale = 1 / options["compress_pos_emb"] if options["compress_pos_emb"] != 1 else 0
-        context = lib.llama_init_from_model(self._model, params)
-        if not context:
-            raise ModelError(f"A context of {params.n_ctx} tokens could not be made: {explain_failure(self._log.lines)}")
-        return context
+        params.no_perf = True
+
+    def _warm_up(self) -> None:
+        """Compute one token: the first step touches all weights, and would be the first user's to wait for."""
+        token = max(0, int(lib.llama_vocab_bos(self._vocab)))
+        self.decode([Row(0, np.array([token], np.int32), np.array([0], np.int32), 1)], None, None)
+        lib.llama_memory_clear(self._memory, True)
 
     # --- what it is -----------------------------------------------------------------------------------------------------------------
 
@@ -162,11 +214,21 @@ class Model:
             "description": description.value.decode("utf-8", "replace"),
             "parameters": int(lib.llama_model_n_params(self._model)),
             "model_bytes": int(lib.llama_model_size(self._model)),
-            "threads": int(lib.llama_n_threads(self._context)),
+            "threads": self.threads.writing,
+            "threads_batch": self.threads.reading,
+            "parallel": self.parallel,
+            "cuts": self.cuts,
+            "writes": self.writes,
+            "image_marker": self.vision.marker if self.vision else "",
         }
 
     def _special(self, token: int) -> str:
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def _metadata(self, key: str) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
 
     # --- text -----------------------------------------------------------------------------------------------------------------------
 
@@ -194,11 +256,12 @@ class Model:
 
     def piece(self, token: int, special: bool) -> bytes:
         """Bytes of one token in the middle of a text (its leading space is kept); empty for special tokens unless `special`."""
-        buffer = self._piece_buffer
+        buffer = getattr(self._piece_buffers, "buffer", None) or ctypes.create_string_buffer(256)
         count = int(lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special))
         if count < 0:
-            self._piece_buffer = buffer = ctypes.create_string_buffer(-count)
+            buffer = ctypes.create_string_buffer(-count)
             count = int(lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special))
+        self._piece_buffers.buffer = buffer
         return buffer.raw[: max(count, 0)]
 
     def first_unknown(self, tokens: Sequence[int]) -> int | None:
@@ -206,85 +269,258 @@ class Model:
         size = self.vocabulary.size
         return next((token for token in tokens if not 0 <= token < size), None)
 
-    # --- computing ------------------------------------------------------------------------------------------------------------------
-
-    def keep_prefix(self, tokens: Sequence[int]) -> int:
-        """Trim the cache to what it shares with the start of `tokens`; how many tokens that is, at most all but the last.
-
-        A cache that cannot be trimmed (recurrent, hybrid, sliding window) is cleared.
-        """
-        shared = _common_prefix(self._cached, tokens[:-1])
-        if shared < len(self._cached) and not lib.llama_memory_seq_rm(self._memory, _SEQUENCE, shared, -1):
-            shared = 0
-        window = int(lib.llama_model_n_swa(self._model))
-        if window and lib.llama_memory_seq_pos_min(self._memory, _SEQUENCE) > max(0, shared - window):
-            shared = 0  # the window slid on: what the next token looks at is no longer there
-        if shared == 0:
-            lib.llama_memory_clear(self._memory, True)
-        del self._cached[shared:]
-        return shared
-
-    def compute(self, tokens: Sequence[int]) -> Computed:
-        """Compute the next prompt tokens, at most `batch_size`. Stopped or full: the cache is as before. Raises ModelError."""
-        lib.llama_set_abort_callback(self._context, self._abort, None)
-        array = (ctypes.c_int32 * len(tokens))(*tokens)
-        status = int(lib.llama_decode(self._context, lib.llama_batch_get_one(array, len(tokens))))
-        lib.llama_set_abort_callback(self._context, self._no_abort, None)
-        return self._computed(status, tokens)
-
-    def compute_one(self, token: int) -> Computed:
-        """Compute one generated token. Without the stop callback, which costs 1 to 2 % of so short a step."""
-        self._one[0] = token
-        return self._computed(int(lib.llama_decode(self._context, lib.llama_batch_get_one(self._one, 1))), (token,))
-
-    def _computed(self, status: int, tokens: Sequence[int]) -> Computed:
-        if status == 0:
-            self._cached += tokens
-            return Computed.DONE
-        if not lib.llama_memory_seq_rm(self._memory, _SEQUENCE, len(self._cached), -1):
-            self.forget()
-        if status in (1, 2):
-            return Computed(status)
-        self.forget()
-        raise ModelError(f"llama.cpp could not compute this (error {status}). Send again; if it repeats, load the model again.")
-
-    def forget(self) -> None:
-        """Empty the cache."""
-        lib.llama_memory_clear(self._memory, True)
-        self._cached.clear()
-
-    def _beat(self, _data: Any) -> bool:
-        self.nodes += 1
-        return self.should_stop()
-
     def chain(self, plan: Sequence[tuple[str, Mapping[str, Any]]]) -> Chain:
         """Native samplers for a request."""
         return Chain(plan, self.vocabulary)
 
-    def sample(self, chain: Chain) -> int | None:
-        """The next token by `chain`; None when its grammar allows nothing more."""
-        return chain.sample(self._context)
+    # --- computing (the scheduler's Decoder) ------------------------------------------------------------------------------------------
 
-    def logprobs(self) -> np.ndarray:
-        """Natural log-probabilities of all tokens for the next place, before samplers. float64 (vocabulary,)."""
-        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, -1), (self.vocabulary.size,)).astype(np.float64)
+    def decode(self, rows: Sequence[Row], key: Hashable, stop: Callable[[], bool] | None) -> Computed:
+        """Compute `rows` with the adapters `key`. See `Decoder.decode`."""
+        self._use(key)
+        count = self._batch.fill(rows)
+        self._apply_threads(self._context, count)
+        # The callback costs 1 to 2 % of a short step, which is over soon; what cannot be cut back must not be stopped half-way.
+        watched = count > _WATCHED_FROM
+        self._stop = stop if self.cuts else None
+        if watched:
+            lib.llama_set_abort_callback(self._context, self._abort, None)
+        status = int(lib.llama_decode(self._context, self._batch.struct))
+        if watched:
+            lib.llama_set_abort_callback(self._context, self._no_abort, None)
+        if status == 0:
+            return Computed.DONE
+        for row in rows:
+            lib.llama_memory_seq_rm(self._memory, row.sequence, int(row.positions[0]), -1)
+        return self._computed(status)
+
+    def _apply_threads(self, context: Any, tokens: int) -> None:
+        count = self.threads.now(tokens)
+        lib.llama_set_n_threads(context, count, count)
+
+    def _computed(self, status: int) -> Computed:
+        if status in (0, 1, 2):
+            return Computed(status)
+        raise ModelError(f"llama.cpp could not compute this (error {status}). Send again; if it repeats, load the model again.")
+
+    def decode_image(self, image: Any, position: int, sequence: int, key: Hashable) -> Computed:
+        """Compute an image's entries. See `Decoder.decode_image`."""
+        assert self.vision
+        self._use(key)
+        self._apply_threads(self._context, image.length)
+        status = self.vision.decode(self._context, image, position, sequence, self.batch_size)
+        if status:
+            lib.llama_memory_seq_rm(self._memory, sequence, position, -1)
+        return self._computed(status)
+
+    def _beat(self, _data: Any) -> bool:
+        self.nodes += 1
+        return self._stop is not None and self.nodes % 8 == 0 and self._stop()
+
+    def logprobs(self, output: int) -> np.ndarray:
+        """Natural log-probabilities of all tokens after output `output`, before samplers. float64 (vocabulary,)."""
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, output), (self.vocabulary.size,)).astype(np.float64)
         logits -= logits.max()
         logits -= np.log(np.exp(logits).sum())
         return logits
 
+    def likeliest(self, output: int) -> int:
+        """The token with the largest logit after output `output`."""
+        return int(np.argmax(np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, output), (self.vocabulary.size,))))
+
+    def sample(self, chain: Chain, output: int) -> int | None:
+        """The token to follow output `output` by `chain`; None when its grammar allows nothing more."""
+        token = chain.sample(self._context, output)
+        if token is not None and math.isnan(lib.llama_get_logits_ith(self._context, output)[token]):
+            raise NotANumber(
+                "The model, or an adapter in use, computed something that is no number. Check the adapters' scales, or use another file."
+            )
+        return token
+
+    # --- the cache's Memory -----------------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """See `Memory.clear`."""
+        lib.llama_memory_clear(self._memory, True)
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """See `Memory.copy`."""
+        if start >= end:
+            return
+        whole = self._stateful  # a state exists only as a whole
+        lib.llama_memory_seq_cp(self._memory, source, target, -1 if whole else start, -1 if whole else end)
+        if self._window and not self._options["streaming_llm"]:
+            self._own_window(target)
+
+    def _own_window(self, sequence: int) -> None:
+        """Give `sequence` cells of its own in the window's small cache: shared ones are not used again there when both have moved on."""
+        flags = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        size = int(lib.llama_state_seq_get_size_ext(self._context, sequence, flags))
+        state = (ctypes.c_uint8 * size)()
+        lib.llama_state_seq_get_data_ext(self._context, state, size, sequence, flags)
+        lib.llama_state_seq_set_data_ext(self._context, state, size, sequence, flags)
+
+    def cut(self, sequence: int, start: int) -> bool:
+        """See `Memory.cut`."""
+        return bool(lib.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def can_end_at(self, sequence: int, end: int) -> bool:
+        """See `Memory.can_end_at`."""
+        first, last = (int(f(self._memory, sequence)) for f in (lib.llama_memory_seq_pos_min, lib.llama_memory_seq_pos_max))
+        if self.cuts or end in (0, last + 1):
+            return True
+        return not self._stateful and 0 <= first <= max(0, end - self._window + 1)
+
+    def save(self, sequence: int) -> np.ndarray:
+        """See `Memory.save`. uint8 (bytes,)."""
+        state = np.empty(int(lib.llama_state_seq_get_size(self._context, sequence)), np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = int(lib.llama_state_seq_get_data(self._context, pointer, len(state), sequence))
+        return state[:written]
+
+    def restore(self, sequence: int, state: np.ndarray) -> bool:
+        """See `Memory.restore`."""
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return int(lib.llama_state_seq_set_data(self._context, pointer, len(state), sequence)) > 0
+
+    # --- adapters -------------------------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, path: str) -> None:
+        """Load a LoRA adapter; one that is there already is no error. Raises ModelError."""
+        if path in self._adapters:
+            return
+        NativeLog.lines.clear()
+        adapter = lib.llama_adapter_lora_init(self._model, path.encode())
+        if not adapter:
+            raise ModelError(f"The adapter {Path(path).name} could not be loaded: {explain_adapter(NativeLog.lines)}")
+        self._adapters[path] = adapter
+
+    def unload_adapter(self, path: str) -> None:
+        """Free an adapter that nobody uses."""
+        adapter = self._adapters.pop(path, None)
+        if adapter:
+            self._use(None)
+            lib.llama_adapter_lora_free(adapter)
+
+    def _use(self, key: Hashable) -> None:
+        """Compute with these adapters from now on: None, or pairs of path and scale."""
+        if key == self._key:
+            return
+        pairs = [(self._adapters[path], scale) for path, scale in (key or ())]  # type: ignore[attr-defined]
+        pointers = (lib.llama_adapter_lora_p_ctypes * len(pairs))(*(pointer for pointer, _ in pairs))
+        lib.llama_set_adapters_lora(self._context, pointers, len(pairs), (ctypes.c_float * len(pairs))(*(scale for _, scale in pairs)))
+        self._key = key
+
+    # --- embeddings -----------------------------------------------------------------------------------------------------------------
+
     @property
-    def cached(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached)
+    def longest_image(self) -> int:
+        """Tokens of an image that must be computed at once."""
+        return min(self.batch_size, int(lib.llama_n_ubatch(self._context)))
+
+    @property
+    def longest_embedding(self) -> int:
+        """Tokens of a text that can be embedded at most."""
+        self._embedder = self._embedder or (self._embedding_context() if self.writes else self._context)
+        return int(lib.llama_n_ubatch(self._embedder))
+
+    def _embedding_context(self) -> Any:
+        """A context of its own: embeddings are pooled over whole texts, which a cache of conversations does not hold."""
+        trained = int(lib.llama_model_n_ctx_train(self._model))
+        params = lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = min(trained, _EMBEDDING_CONTEXT)
+        params.n_seq_max = EMBEDDED_AT_ONCE
+        params.kv_unified = True
+        params.embeddings = True
+        self._common(params, self._options)
+        if self.writes:
+            params.pooling_type = lib.LLAMA_POOLING_TYPE_MEAN
+        else:
+            self.parallel, self.sequences = 1, EMBEDDED_AT_ONCE
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ModelError(f"A context for embeddings could not be made: {explain_failure(NativeLog.lines)}")
+        if int(lib.llama_pooling_type(context)) in (lib.LLAMA_POOLING_TYPE_NONE, lib.LLAMA_POOLING_TYPE_RANK):
+            lib.llama_free(context)
+            params.pooling_type = lib.LLAMA_POOLING_TYPE_MEAN
+            context = lib.llama_init_from_model(self._model, params)
+        return context
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Pooled embeddings of at most EMBEDDED_AT_ONCE token lists that fit `longest_embedding` together. float32 (texts, width), of length 1."""
+        if sum(map(len, texts)) > self.longest_embedding:
+            raise PromptTooLong(f"These texts have more tokens together than the {self.longest_embedding} that can be embedded at once.")
+        context = self._embedder
+        memory = lib.llama_get_memory(context)
+        if memory:
+            lib.llama_memory_clear(memory, True)
+        rows = [Row(n, np.array(text, np.int32), np.arange(len(text), dtype=np.int32), len(text)) for n, text in enumerate(texts)]
+        batch = _Batch(sum(map(len, texts)))
+        count = batch.fill(rows)
+        self._apply_threads(context, count)
+        status = int((lib.llama_decode if memory else lib.llama_encode)(context, batch.struct))
+        if status:
+            raise ModelError(f"llama.cpp could not embed this (error {status}). Send it again in smaller pieces.")
+        width = int(lib.llama_model_n_embd_out(self._model))
+        found = np.stack([np.ctypeslib.as_array(lib.llama_get_embeddings_seq(context, n), (width,)).copy() for n in range(len(texts))])
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
     def close(self) -> None:
         """Free everything; use no other method after it. (The engine process just ends instead.)"""
+        if self.vision:
+            self.vision.close()
+        if self._embedder and self._embedder is not self._context:
+            lib.llama_free(self._embedder)
         lib.llama_free(self._context)
         lib.llama_model_free(self._model)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b)):  # noqa: B905  # the shorter one decides
-        if x != y:
-            return index
-    return min(len(a), len(b))
+class _Batch:
+    """A llama_batch over arrays of our own, filled without a loop over tokens."""
+
+    def __init__(self, size: int) -> None:
+        self._tokens, self._positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self._counts, self._sequences = np.ones(size, np.int32), np.zeros(size, np.int32)
+        self._outputs = np.zeros(size, np.int8)
+        address, step = self._sequences.ctypes.data, self._sequences.itemsize
+        self._pointers = (ctypes.POINTER(ctypes.c_int32) * size)(
+            *(ctypes.cast(address + n * step, ctypes.POINTER(ctypes.c_int32)) for n in range(size))
+        )
+        self.struct = lib.llama_batch()
+        self.struct.token = self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.struct.pos = self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.struct.n_seq_id = self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.struct.seq_id = self._pointers
+        self.struct.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+    def fill(self, rows: Sequence[Row]) -> int:
+        """Put `rows` in; how many tokens that is."""
+        end = 0
+        for row in rows:
+            start, end = end, end + len(row.tokens)
+            self._tokens[start:end], self._positions[start:end] = row.tokens, row.positions
+            self._sequences[start:end] = row.sequence
+            self._outputs[start:end] = 0
+            if row.outputs:
+                self._outputs[end - row.outputs : end] = 1
+        self.struct.n_tokens = end
+        return end
+
+
+def _writes(architecture: str) -> bool:
+    """Whether a model of this architecture writes text; the others, of which llama.cpp gives no sign, only embed it."""
+    return "bert" not in architecture and not architecture.endswith(("-embedding", "-embed"))
+
+
+def _on_cpu(pattern: bytes) -> Any:
+    """An override that keeps tensors whose names match `pattern` in main memory, and the end mark."""
+    from llama_cpp._ggml import libggml
+
+    libggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    overrides = (_Override * 2)()
+    overrides[0].pattern, overrides[0].kind = pattern, libggml.ggml_backend_cpu_buffer_type()
+    return overrides
+
+
+class _Override(ctypes.Structure):
+    _fields_: ClassVar = [("pattern", ctypes.c_char_p), ("kind", ctypes.c_void_p)]

@@ -3,16 +3,21 @@
 A frame is a fixed header (magic, length of the JSON head, length of the raw tail), the head `[kind, id, fields]`, and the tail: token ids
 as little-endian int32, or UTF-8 text. Every frame carries the id of its request, so frames of many requests may interleave.
 
-To the engine                                      From the engine
-load     {path, options, verbose}                  progress  {fraction}
-generate {text, add_bos, plan, max_new, logprobs,  loaded    {what the model is}
-          special} raw: prompt, UTF-8 or ids       chunk     {tokens, done, prompt, prefill, logprobs} raw: text
-cancel   (id of the request)                       end       {reason, prompt, done, timings} raw: last text
-encode   {add_bos} raw: text                       tokens    raw: ids
-decode   raw: ids                                  text      raw: text
-ping                                               pong
-shutdown                                           error     {kind, message}
-                                                   heartbeat {steps, nodes, memory, queued, running}   (id 0, once a second)
+To the engine                                       From the engine
+load     {path, options, draft, verbose}            progress  {fraction}
+generate {text, add_bos, plan, max_new, logprobs,   loaded    {what the model is}
+          prompt_logprobs, special, client,         chunk     {tokens, done, prompt, prefill, queue, logprobs, prompt_logprobs} raw: text
+          adapters, images, json_schema}                      end       {reason, prompt, done, timings} raw: last text
+          raw: prompt, UTF-8 or ids; with images    vectors   {tokens, count} raw: float32
+          the text's and images' lengths are fields tokens    raw: ids
+prefill  the same                                   text      raw: text
+cancel   (id of the request)                        done
+embed    {lengths, text} raw: texts or ids joined   pong
+encode   {add_bos} raw: text                        error     {kind, message, retry_after}
+decode   raw: ids                                   heartbeat {beats, busy, stats}   (id 0, once a second)
+adapter  {path, load}
+ping
+shutdown
 """
 
 from __future__ import annotations
@@ -104,3 +109,29 @@ def unpack_tokens(raw: bytes) -> list[int]:
     if len(raw) % 4:
         raise ProtocolError("token ids of a broken length")
     return list(struct.unpack(f"<{len(raw) // 4}i", raw))
+
+
+def pack_images(text: bytes, images: Sequence[bytes]) -> tuple[bytes, list[int]]:
+    """A prompt's text and its images in one tail, and their lengths, the text's first."""
+    return b"".join([text, *images]), [len(text), *map(len, images)]
+
+
+def unpack_images(raw: bytes, lengths: Sequence[int]) -> tuple[bytes, list[bytes]]:
+    """Inverse of `pack_images`. Raises ProtocolError when the lengths are not those of `raw`."""
+    parts = split(raw, lengths)
+    return parts[0], parts[1:]
+
+
+def split(raw: bytes, lengths: Sequence[int]) -> list[bytes]:
+    """`raw` cut into pieces of these lengths. Raises ProtocolError when they do not add up to it."""
+    if sum(lengths) != len(raw) or min(lengths, default=0) < 0:
+        raise ProtocolError("lengths that do not fit their tail")
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    return [raw[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def unpack_floats(raw: bytes) -> tuple[float, ...]:
+    """Little-endian float32. Raises ProtocolError when the length is no multiple of four."""
+    if len(raw) % 4:
+        raise ProtocolError("numbers of a broken length")
+    return struct.unpack(f"<{len(raw) // 4}f", raw)

@@ -67,8 +67,8 @@
     constructor(message, code = '', status = 0) { super(message); this.code = code; this.status = status; }
   }
 
-  async function api(method, path, body) {
-    const options = { method, credentials: 'same-origin' };
+  async function api(method, path, body, signal) {
+    const options = { method, signal, credentials: 'same-origin' };
     if (method !== 'GET') {
       options.headers = { 'Content-Type': 'application/json', 'X-TGW': '1' };
       options.body = JSON.stringify(body ?? {});
@@ -159,7 +159,7 @@
     },
     /** Let the controls show what the server holds. */
     repaint() { document.getElementById('tgw-repaint')?.click(); },
-    async read() { const found = await api('GET', 'chat/session'); this.revision = found.revision; return found.values; },
+    async read() { const found = await api('GET', 'chat/session'); this.revision = found.revision; ahead.soon(); return found.values; },
     async save() {
       await this.flush();
       if (await attempt(() => api('POST', 'chat/session/save'))) toast('Saved: new browsers begin with these values.', 'done');
@@ -591,6 +591,7 @@
     changed() {
       this.welcome.hidden = this.box.childElementCount > 0 || Boolean(this.id);
       composer.refresh();
+      ahead.soon();
       live.show(this.lastOf('assistant')?.data.stats);
     },
 
@@ -785,7 +786,7 @@
       this.send = el('button.tgw-send', { type: 'submit' });
       this.form = el('form.tgw-composer', { onsubmit: (e) => { e.preventDefault(); if (chat.running) chat.stop(); else this.submit(); } }, this.box, this.send);
       this.keep = later(250, () => drafts.write(this.key, this.box.value));
-      this.box.oninput = () => { this.size(); this.keep(); this.refresh(); };
+      this.box.oninput = () => { this.size(); this.keep(); this.refresh(); ahead.soon(); };
       this.box.onkeydown = (e) => this.keys(e);
       window.addEventListener('pagehide', () => drafts.write(this.key, this.box.value));
       return this.form;
@@ -847,6 +848,40 @@
     },
   };
 
+  /** What is typed, and the chat that is opened, told to the server, so that the model has read them before Send. Whether that works is no matter. */
+  const ahead = {
+    soon: later(300, () => ahead.tell()),
+
+    /** Another model has read nothing yet, and may be able to do this when the former was not. */
+    fresh({ state, name }) {
+      if (state !== 'ready' || name !== this.model) { this.model = name; this.useless = false; this.told = ''; }
+      this.soon();
+    },
+
+    draft() {
+      const text = composer.box.value;
+      const [least, most] = [3, 400000];  // less is not worth a request, more fits no context
+      return { conversation: chat.id, text: text.trim().length < least || text.length > most ? '' : text, revision: session.revision };
+    },
+
+    async tell() {
+      const last = chat.last()?.data;
+      const idle = !this.telling && !this.useless && !document.hidden && !chat.busy && !chat.running;
+      if (!idle || model.status.state !== 'ready' || (chat.id && !last)) return;
+      const draft = this.draft();
+      const told = JSON.stringify([draft, last?.id, last?.text.length]);
+      if (told === this.told) return;
+      this.told = told;
+      this.telling = true;
+      try {
+        const answer = await api('POST', 'chat/ahead', draft, AbortSignal.timeout(10000));
+        if (told === this.told) this.useless = !answer.ahead;  // else it is about a former model
+      } catch { /* Send will say what is wrong */ }
+      this.telling = false;
+      this.soon();  // there may be more by now
+    },
+  };
+
   /** The quiet line under the composer. */
   const live = {
     build() {
@@ -874,9 +909,10 @@
   document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
 
   const model = {
-    status: { state: 'none', progress: 0, text: '' }, chosen: {}, loader: '', filtered: false,
+    status: { state: 'none', progress: 0, text: '' }, chosen: {}, loader: '', filtered: false, engine: null,
 
     build() {
+      document.addEventListener('visibilitychange', () => this.watch());
       this.chip = el('button.tgw-chip', { type: 'button', onclick: () => openTab('model') }, el('i'), el('span'));
       return this.chip;
     },
@@ -884,9 +920,29 @@
     card(host) {
       this.host = host;
       this.paint();
+      this.observer?.disconnect();
+      this.observer = new IntersectionObserver((seen) => { this.seen = seen.at(-1).isIntersecting; this.watch(); });
+      this.observer.observe(host);
+    },
+
+    /** Ask what the engine does, now and every two seconds, while the card can be seen. */
+    async watch() {
+      const turn = this.turn = {};  // whoever is called last goes on
+      while (this.seen && !document.hidden && this.status.state === 'ready') {
+        const told = await api('GET', 'models/status').catch(() => null);  // without a connection the banner says so
+        if (turn !== this.turn) return;
+        if (told?.status.state === 'ready' && told.status.name === this.status.name) {  // another model tells itself
+          this.status.memory = told.status.memory;
+          this.engine = told.engine;
+          this.figures();
+        }
+        await new Promise((done) => setTimeout(done, 2000));
+        if (turn !== this.turn) return;
+      }
     },
 
     show(status) {
+      if (status.state !== 'ready' || status.name !== this.status.name) this.engine = null;
       this.status = status;
       const name = status.name?.split('/').at(-1).replace(/\.gguf$/i, '') || '';
       const percent = `${Math.round((status.progress || 0) * 100)} %`;
@@ -897,6 +953,7 @@
       this.tell(status, percent);
       this.paint();
       this.rules();
+      this.watch();
     },
 
     /** Under the composer and in the empty conversation: what is missing before one can talk. */
@@ -912,16 +969,36 @@
       if (!this.host) return;
       const s = this.status;
       const heading = { none: 'No model is loaded', loading: 'Loading', ready: 'Ready', failed: 'Could not load the model' }[s.state];
+      const told = el('div', { 'aria-live': 'polite' }, el('header', {}, el('i'), el('strong', { textContent: heading }), el('span', { textContent: s.name || '' })));
+      if (s.state === 'loading') told.append(el('progress', { max: 1, value: s.progress, 'aria-label': 'Loading' }));
+      if (s.text) told.append(el(s.state === 'failed' ? 'pre' : 'p', { textContent: s.text }));
+      this.facts = el('dl');
+      this.cache = el('div.tgw-cache', {}, el('span', { textContent: 'Cache in use' }), el('span'), el('meter', { 'aria-label': 'Cache in use' }));
+      this.figures();
+      this.host.replaceChildren(el('section.tgw-card', { 'data-state': s.state }, told, this.facts, this.cache));
+    },
+
+    /** The numbers below. Changing ones are not read out, and only what has changed is touched, so that text stays selected. */
+    figures() {
+      const s = this.status, e = this.engine;
       const facts = [
         s.loader && ['Loader', s.loader], s.context_length && ['Context', `${number.format(s.context_length)} tokens`],
-        s.memory && ['Memory', s.memory > 1e9 ? `${(s.memory / 2 ** 30).toFixed(1)} GiB` : `${Math.round(s.memory / 2 ** 20)} MiB`],
+        s.memory && ['Memory', bytes(s.memory)],
+        e && ['Replies under way', `${e.busy} of ${e.parallel}`], e && ['Waiting', number.format(e.waiting)],
+        e && ['Chats kept', number.format(e.kept) + (e.spilled ? ` + ${number.format(e.spilled)} in main memory (${bytes(e.spilled_bytes)})` : '')],
       ].filter(Boolean);
-      const card = el('section.tgw-card', { 'aria-live': 'polite', 'data-state': s.state },
-        el('header', {}, el('i'), el('strong', { textContent: heading }), el('span', { textContent: s.name || '' })));
-      if (s.state === 'loading') card.append(el('progress', { max: 1, value: s.progress, 'aria-label': 'Loading' }));
-      if (s.text) card.append(el(s.state === 'failed' ? 'pre' : 'p', { textContent: s.text }));
-      if (facts.length) card.append(el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', { textContent: name }), el('dd', { textContent: value })))));
-      this.host.replaceChildren(card);
+      const shown = [...this.facts.querySelectorAll('dt')].map((name) => name.textContent);
+      if (facts.map(([name]) => name).join() !== shown.join()) {
+        this.facts.replaceChildren(...facts.map(([name]) => el('div', {}, el('dt', { textContent: name }), el('dd'))));
+      }
+      facts.forEach(([, value], n) => write(this.facts.children[n].lastChild, value));
+      this.facts.hidden = !facts.length;
+      this.cache.hidden = !e?.cells;
+      if (!e?.cells) return;
+      const [, words, bar] = this.cache.children;
+      write(words, `${number.format(e.cells_used)} of ${number.format(e.cells)} tokens`);
+      bar.max = e.cells;
+      bar.value = e.cells_used;
     },
 
     /** Which controls are visible: parameters that the loader honours (if asked), and the options of the chosen loader. */
@@ -936,6 +1013,10 @@
     },
   };
 
+  function bytes(count) { return count > 1e9 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${Math.round(count / 2 ** 20)} MiB`; }
+
+  function write(element, text) { if (element.textContent !== text) element.textContent = text; }
+
   function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }
 
   function openTab(id) { document.querySelector(`[role=tab][data-tab-id="${id}"]`)?.click(); }
@@ -949,7 +1030,7 @@
     build() {
       this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: 'Reconnecting… What you type is kept.' });
       addEventListener('online', () => this.hurry());
-      document.addEventListener('visibilitychange', () => { if (!document.hidden) this.hurry(); });
+      document.addEventListener('visibilitychange', () => { if (!document.hidden) { this.hurry(); ahead.soon(); } });
       setInterval(() => { if (this.socket?.readyState === 1 && Date.now() - this.heard > 40000) this.socket.close(); }, 5000);
       return this.banner;
     },
@@ -991,7 +1072,7 @@
       const here = event.conversation === chat.id;
       if (event.reply) chat.received(event);
       else if (event.type === 'hello') this.hello();
-      else if (event.type === 'model') model.show(event.status);
+      else if (event.type === 'model') { model.show(event.status); ahead.fresh(event.status); }
       else if (event.type === 'conversations') { event.changed?.forEach((item) => sidebar.changed(item)); event.deleted?.forEach((id) => sidebar.gone(id)); }
       else if (event.type === 'started' && here) chat.began(event.messages);
       else if (event.type === 'changed' && here) chat.reload();
@@ -999,7 +1080,7 @@
 
     /** After a break in the connection, events may be missing: everything shown is read again. */
     hello() {
-      if (this.greeted) { sidebar.load(); chat.reload(); }
+      if (this.greeted) { ahead.told = ''; sidebar.load(); chat.reload(); }
       this.greeted = true;
     },
   };

@@ -1,0 +1,104 @@
+"""Whether our engine writes what the bare loop writes: token for token alone, and nearly so in a full batch.
+
+Alone, the engine is started anew for each prompt, so that its cache is empty. In a batch, numbers are added in another order, and two candidates
+that are nearly equal may change places: for each first difference the bare loop tells how far apart their logits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.engine.harness import Bench, Check, Ours, Stream, say, title
+from benchmarks.engine.references import Bare, bare
+
+CLIENTS, TOKENS = 8, 128
+OPENINGS = (
+    "Once upon a time there was",
+    "The most important thing to know about",
+    "Write a short letter about",
+    "In the year 1900, people thought that",
+    "Question: What is special about",
+    "My grandmother used to tell me a story of",
+    "def describe():\n    # Returns a text about",
+    "Five facts about",
+    "Nobody in the village had ever seen",
+    "Dear editor, I disagree with your article on",
+)
+TOPICS = ("a lighthouse keeper", "the river in winter", "old clocks and their makers", "a market at night", "the history of bread")
+
+
+def measure(bench: Bench) -> list[Check]:
+    """See the module."""
+    with bench.ours() as ours:
+        prompts = [tuple(ours.backend.encode(text, True)) for text in texts()][: bench.few(50, 6)]
+        ends = tuple(ours.backend.encode(ours.backend.eos_token))
+    title(f"greedy: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {TOKENS} tokens each")
+    with bare(bench) as loop:
+        wanted = [loop.write(prompt, TOKENS) for prompt in prompts]
+        alone = [_alone(bench, prompt) for prompt in prompts]
+        equal = sum(_same(stream, right, ends) for stream, right in zip(alone, wanted, strict=True))
+        say(f"1 client, empty cache: {equal} of {len(prompts)} equal to the bare loop's; reused tokens {sum(s.timings.reused_tokens for s in alone)}")
+        _gaps(loop, alone, wanted, ends)
+        crowd = _crowd(bench, prompts)
+        same = sum(_same(stream, right, ends) for stream, right in zip(crowd, wanted, strict=True))
+        say(f"{CLIENTS} clients: {same} of {len(prompts)} equal ({same / len(prompts):.2f})")
+        gaps = _gaps(loop, crowd, wanted, ends)
+    return [
+        Check("greedy: prompts written as the bare loop writes them, 1 client, over all", equal / len(prompts), 1),
+        Check(f"greedy: widest gap of logits at a first difference, {CLIENTS} clients", max(gaps, default=0.0), 0.1, at_least=False),
+    ]
+
+
+def texts() -> list[str]:
+    """50 openings; every third one has three others in front of it."""
+    plain = [f"{opening} {topic}" for topic in TOPICS for opening in OPENINGS]
+    return [". ".join([*plain[i - 3 : i], text]) if i % 3 == 2 and i > 3 else text for i, text in enumerate(plain)]
+
+
+def _alone(bench: Bench, prompt: Sequence[int]) -> Stream:
+    stream = Stream(prompt, TOKENS, may_end=True)
+    with bench.ours() as ours:
+        ours.run(stream)
+    return stream
+
+
+def _crowd(bench: Bench, prompts: Sequence[Sequence[int]]) -> list[Stream]:
+    """The same by one engine, always `CLIENTS` at once."""
+    streams = [Stream(prompt, TOKENS, client=f"client {i}", may_end=True) for i, prompt in enumerate(prompts)]
+    with bench.ours(parallel=CLIENTS) as ours, ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(lambda stream: Ours.run(ours, stream), streams))
+    return streams
+
+
+def _same(stream: Stream, wanted: Sequence[int], ends: Sequence[int]) -> bool:
+    return _difference(_written(stream, ends), wanted) is None
+
+
+def _written(stream: Stream, ends: Sequence[int]) -> list[int]:
+    """Its tokens; where it ended by itself, the token that ends a text after them, as the bare loop tells it."""
+    return [*stream.tokens, *(ends[:1] if stream.reason == "stop" else ())]
+
+
+def _difference(ours: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """The first place where they differ."""
+    places = range(max(len(ours), len(wanted)))
+    return next((place for place in places if list(ours[place : place + 1]) != list(wanted[place : place + 1])), None)
+
+
+def _gaps(loop: Bare, streams: Sequence[Stream], wanted: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
+    """At each first difference: the bare loop's logit of its own candidate less that of ours. Printed too."""
+    gaps = []
+    for stream, right in zip(streams, wanted, strict=True):
+        ours = _written(stream, ends)
+        place = _difference(ours, right)
+        if place is None:
+            continue
+        if place >= min(len(ours), len(right)):  # one is the other's beginning: no difference between candidates, and never right
+            gap = float("inf")
+        else:
+            best, other = loop.logits(stream.prompt, right[:place], (right[place], ours[place]))
+            gap = best - other
+        gaps.append(gap)
+        say(f"    prompt of {len(stream.prompt)} tokens: first difference at token {place} of {len(right)}, gap {gap:.4f}")
+    return gaps
