@@ -19,7 +19,8 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
     Close it on its own thread or set `request.cancel` from any: the place is free within one step. Stop strings are not applied here.
     Raises NoModel, Busy, PromptTooLong, EngineDied.
     """
-    with app.models.turn(request.cancel) as backend:
+    with app.metrics.generation() as measure, app.models.turn(request.cancel) as backend:
+        measure.admitted()
         if backend is None:
             yield Chunk(finish_reason="cancelled")
             return
@@ -29,6 +30,7 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
         stream = backend.generate(request)
         try:
             for last in _paced(stream, request):
+                measure.seen(last)
                 yield last
         finally:
             _close(stream)

@@ -205,6 +205,16 @@ def split_part(tmp_path: Path, number: int, name: str) -> gguf.Header:
     return gguf.read_header(path)
 
 
+def test_the_vision_part_beside_a_model(tmp_path):
+    model = tmp_path / "m.gguf"
+    model.touch()
+    assert gguf.mmproj_beside(model) is None
+    (tmp_path / "mmproj-m.gguf").touch()
+    assert gguf.mmproj_beside(model) == tmp_path / "mmproj-m.gguf"
+    (tmp_path / "other.gguf").touch()  # whose is it?
+    assert gguf.mmproj_beside(model) is None
+
+
 def test_parts_of_a_split_model(tmp_path):
     first = split_part(tmp_path, 0, "m-00001-of-00002.gguf")
     with pytest.raises(ModelError, match=r"m-00002-of-00002\.gguf is missing"):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from modules import launch, loaders
+from modules.backends.base import Adapter
 from modules.errors import DataError, NotFound, SettingsError
 from modules.models import ModelSlot
 from modules.paths import UserData
@@ -227,3 +228,12 @@ def test_a_model_named_wins_over_the_menu(slot):
     slot.add("a.fake", "b.fake")
     launch.load_first_model(slot, Settings(model_menu=True, model="b.fake"), refuse)
     assert loaded(slot) == "b.fake"
+
+
+def test_adapters_by_name_path_and_scale(tmp_path, caplog):
+    data = UserData(tmp_path)
+    data.create()
+    (data.loras / "style.gguf").touch()
+    (tmp_path / "own.gguf").touch()
+    found = launch.named_adapters(data, ["style.gguf", "style.gguf:0.5", f"{tmp_path}/own.gguf:-1", "none.gguf", "../own.gguf"])
+    assert found == (Adapter(data.loras / "style.gguf"), Adapter(data.loras / "style.gguf", 0.5), Adapter(tmp_path / "own.gguf", -1.0))

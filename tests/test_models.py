@@ -1,12 +1,14 @@
+import dataclasses
 import threading
 import time
 
 import pytest
 
 from modules import loaders, models
-from modules.backends.base import CancelToken, EngineStats, GenerationRequest
+from modules.backends.base import Adapter, CancelToken, EngineStats, GenerationRequest, adapters_of
 from modules.errors import Busy, EngineDied, ModelError, NameError_, NoModel, NotFound, SettingsError
 from modules.models import ModelSlot, ModelStatus, TurnLock
+from modules.options import Options, knob
 from modules.paths import UserData
 from tests.fakes import WAIT, FakeBackend, FakeEngine, FakeOptions, until
 
@@ -92,6 +94,47 @@ def test_only_the_command_line_may_name_a_path_elsewhere(slot, tmp_path):
     choice = slot.choose(str(tmp_path / "elsewhere.fake"), anywhere=True)
     assert (choice.name, choice.path) == ("elsewhere.fake", tmp_path / "elsewhere.fake")
     assert slot.choose("a.fake", anywhere=True).path == slot.data.models / "a.fake"
+
+
+class FileOptions(Options):
+    vision: str = knob("", "A file.", group="fake", file="mmproj")
+
+
+def test_names_of_files_in_options_become_paths(slot, engine, tmp_path, monkeypatch):
+    loader = dataclasses.replace(engine.loader, options=FileOptions)
+    monkeypatch.setattr(loaders, "LOADERS", (loader,))
+    elsewhere, inside = tmp_path / "own.gguf", slot.data.mmproj / "eyes.gguf"
+    elsewhere.touch()
+    inside.touch()
+    assert slot.choose("a.fake", "", {"vision": "eyes.gguf"}).options.vision == str(inside)
+    with pytest.raises(NotFound, match="no mmproj 'none.gguf'"):
+        slot.choose("a.fake", "", {"vision": "none.gguf"})
+    for name in (str(elsewhere), "../own.gguf"):  # from the page no paths
+        with pytest.raises(NameError_):
+            slot.choose("a.fake", "", {"vision": name})
+    slot._options = {FileOptions: FileOptions(vision=str(elsewhere))}
+    assert slot.choose("a.fake").options.vision == str(elsewhere)
+    assert slot.choose("a.fake", "", {"vision": str(elsewhere)}).options.vision == str(elsewhere)
+
+
+def test_adapters_are_loaded_with_every_model_that_can(slot, engine, tmp_path, caplog):
+    fits, not_there = tmp_path / "fits.gguf", tmp_path / "other.gguf"
+    slot.adapters = (Adapter(fits, 0.5), Adapter(not_there))
+
+    class Adapting(FakeBackend):
+        adapters = ()
+
+        def load_adapter(self, path):
+            if path == not_there:
+                raise ModelError("made for another base")
+            self.adapters = (*self.adapters, path.resolve())
+
+    engine.make = lambda: Adapting(features=frozenset({"adapters"}))
+    slot.load(slot.choose("a.fake"))
+    assert adapters_of(slot.backend, slot.adapters) == (Adapter(fits, 0.5),)
+    engine.make = FakeBackend
+    slot.load(slot.choose("b.fake"))
+    assert adapters_of(slot.backend, slot.adapters) == ()
 
 
 # --- loading and unloading ----------------------------------------------------------------------------------------------------------

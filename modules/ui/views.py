@@ -43,6 +43,9 @@ def stats_view(stats: Stats, seed: int | None = None) -> dict[str, Any]:
         "context_length": stats.context_length,
         "seconds": stats.seconds,
         "first_token_seconds": stats.first_token_seconds,
+        "queue_seconds": stats.queue_seconds,
+        "draft_tokens": stats.draft_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "seed": seed,
         "finish_reason": stats.finish_reason,
     }
@@ -100,7 +103,7 @@ class BlockPresenter:
 
     def _counts(self, stats: Stats) -> dict[str, Any]:
         prefill = [stats.prefill_done, stats.prompt_tokens] if not stats.tokens and stats.prompt_tokens else None
-        return {"stats": stats_view(stats), "prefill": prefill}
+        return {"stats": stats_view(stats), "prefill": prefill, "queue": stats.queue_position}
 
 
 def _changes(updates: Sequence[BlockUpdate]) -> list[list[Any]]:

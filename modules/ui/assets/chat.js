@@ -253,8 +253,9 @@
       this.growing(event);
     }
 
-    growing({ prefill }) {
-      if (prefill) this.progress(...prefill);
+    growing({ prefill, queue }) {
+      if (queue !== null && queue !== undefined) this.queued(queue);
+      else if (prefill) this.progress(...prefill);
       if (!this.wait.hidden && (this.answer.list.length || this.reasoning.list.length)) this.wait.hidden = true;
       this.showThought();
     }
@@ -266,6 +267,11 @@
       this.thought.hidden = !state;
       this.thought.firstChild.textContent = state;
       this.thought.classList.toggle('open-ended', state === 'Thinking…');
+    }
+
+    queued(before) {
+      this.wait.replaceChildren(el('i'), el('i'), el('i'), el('span', { textContent: before ? `Waiting: ${number.format(before)} before this` : 'Waiting: this is next' }));
+      this.wait.hidden = false;
     }
 
     progress(done, total) {
@@ -345,7 +351,9 @@
       const rest = [
         this.data.model && `Model: ${this.data.model}`, s.seed != null && `Seed: ${s.seed}`,
         s.prompt_tokens != null && `Prompt: ${number.format(s.prompt_tokens)} tokens, ${number.format(s.reused_tokens || 0)} of them reused`,
+        s.queue_seconds >= 0.1 && `Waited ${s.queue_seconds.toFixed(1)} s for a place`,
         s.first_token_seconds != null && `First token after ${s.first_token_seconds.toFixed(2)} s`,
+        s.draft_tokens && `Guessed ahead: ${number.format(s.accepted_tokens)} of ${number.format(s.draft_tokens)} tokens were right`,
         s.context_length && `Context: ${number.format(s.context_used)} of ${number.format(s.context_length)} tokens`,
         s.finish_reason === 'length' && 'Ended at the longest allowed length',
         this.data.dropped_messages > 0 && `The oldest ${this.data.dropped_messages} messages did not fit the context`, this.data.created && new Date(this.data.created * 1000).toLocaleString(),
