@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Check]]] = {
 def main() -> None:
     """Measure what was asked for, print the table; exit code 1 when something is missed."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # as an exception it ends the references too
     bench = prepared(args)
     say(f"{args.model.name}, {bench.threads} threads on {usable_cores()} cores, load before {load()}" + (", a smoke run" if args.quick else ""))
     checks: list[Check] = []

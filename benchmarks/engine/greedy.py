@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.engine.harness import Bench, Check, Ours, Stream, say, title
 from benchmarks.engine.references import Bare, bare
 
-CLIENTS, TOKENS = 8, 128
+CLIENTS = 8
 OPENINGS = (
     "Once upon a time there was",
     "The most important thing to know about",
@@ -31,16 +31,17 @@ TOPICS = ("a lighthouse keeper", "the river in winter", "old clocks and their ma
 def measure(bench: Bench) -> list[Check]:
     """See the module."""
     with bench.ours() as ours:
-        prompts = [tuple(ours.backend.encode(text, True)) for text in texts()][: bench.few(50, 6)]
+        prompts = [tuple(ours.backend.encode(text, True)) for text in texts()][: bench.few(50, 4)]
         ends = tuple(ours.backend.encode(ours.backend.eos_token))
-    title(f"greedy: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {TOKENS} tokens each")
+    tokens = bench.few(128, 48)
+    title(f"greedy: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {tokens} tokens each")
     with bare(bench) as loop:
-        wanted = [loop.write(prompt, TOKENS) for prompt in prompts]
-        alone = [_alone(bench, prompt) for prompt in prompts]
+        wanted = [loop.write(prompt, tokens) for prompt in prompts]
+        alone = [_alone(bench, prompt, tokens) for prompt in prompts]
         equal = sum(_same(stream, right, ends) for stream, right in zip(alone, wanted, strict=True))
         say(f"1 client, empty cache: {equal} of {len(prompts)} equal to the bare loop's; reused tokens {sum(s.timings.reused_tokens for s in alone)}")
         _gaps(loop, alone, wanted, ends)
-        crowd = _crowd(bench, prompts)
+        crowd = _crowd(bench, prompts, tokens)
         same = sum(_same(stream, right, ends) for stream, right in zip(crowd, wanted, strict=True))
         say(f"{CLIENTS} clients: {same} of {len(prompts)} equal ({same / len(prompts):.2f})")
         gaps = _gaps(loop, crowd, wanted, ends)
@@ -51,21 +52,22 @@ def measure(bench: Bench) -> list[Check]:
 
 
 def texts() -> list[str]:
-    """50 openings; every third one has three others in front of it."""
+    """50 openings; every third one has three others in front of it, every tenth one has all those before it."""
     plain = [f"{opening} {topic}" for topic in TOPICS for opening in OPENINGS]
-    return [". ".join([*plain[i - 3 : i], text]) if i % 3 == 2 and i > 3 else text for i, text in enumerate(plain)]
+    before = [i if i % 10 == 9 else 3 * (i % 3 == 2) for i in range(len(plain))]
+    return [". ".join(plain[max(0, i - before[i]) : i + 1]) for i in range(len(plain))]
 
 
-def _alone(bench: Bench, prompt: Sequence[int]) -> Stream:
-    stream = Stream(prompt, TOKENS, may_end=True)
+def _alone(bench: Bench, prompt: Sequence[int], tokens: int) -> Stream:
+    stream = Stream(prompt, tokens, may_end=True)
     with bench.ours() as ours:
         ours.run(stream)
     return stream
 
 
-def _crowd(bench: Bench, prompts: Sequence[Sequence[int]]) -> list[Stream]:
+def _crowd(bench: Bench, prompts: Sequence[Sequence[int]], tokens: int) -> list[Stream]:
     """The same by one engine, always `CLIENTS` at once."""
-    streams = [Stream(prompt, TOKENS, client=f"client {i}", may_end=True) for i, prompt in enumerate(prompts)]
+    streams = [Stream(prompt, tokens, client=f"client {i}", may_end=True) for i, prompt in enumerate(prompts)]
     with bench.ours(parallel=CLIENTS) as ours, ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(lambda stream: Ours.run(ours, stream), streams))
     return streams

@@ -64,7 +64,7 @@ class Ending:
 
 def measure(bench: Bench) -> list[Check]:
     """See the module."""
-    kills, random_ = bench.few(50, 4), random.Random(bench.runs)
+    kills, random_ = bench.few(50, 2), random.Random(bench.runs)
     title(f"kills: {kills} times kill -9 or SIGSTOP in turn, {CLIENTS} running requests, --engine-timeout {TIMEOUT}")
     os.environ[MARK] = uuid.uuid4().hex  # all processes that descend from us carry it, orphans too
     done: list[Kill] = []

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from benchmarks.engine.harness import Bench, Check, Stream, Subject, in_background, median_of, say, steady, title, wait
+from benchmarks.engine.harness import Bench, Check, Ours, Stream, Subject, in_background, median_of, say, steady, title, wait
 from benchmarks.engine.references import llama_server
 
 CLIENTS, LONGEST = 4, 1900
@@ -19,7 +19,6 @@ def measure(bench: Bench) -> list[Check]:
     title(f"neighbour: {CLIENTS} clients, one busy process beside the engine or none, in turn, medians of {bench.few(bench.runs, 1)}")
     with bench.ours(threads=0, threads_batch=0) as ours:
         ratio = compare(bench, ours)
-        say(f"{'':<32} threads of the last step {ours.idle().threads}")
     with llama_server(bench, CLIENTS, own_threads=True, name="llama-server, its own threads") as server:
         if server:
             compare(bench, server)
@@ -28,15 +27,19 @@ def measure(bench: Bench) -> list[Check]:
 
 def compare(bench: Bench, subject: Subject) -> float:
     """The ratio of the medians."""
-    quiet, beside = [], []
+    quiet, beside, threads = [], [], {}
     speed(bench, subject)  # warms up
     for _ in range(bench.few(bench.runs, 1)):
         quiet.append(speed(bench, subject))
+        threads["quiet"] = _threads(subject)
         with busy_process():
             beside.append(speed(bench, subject))
+            threads["beside"] = _threads(subject)
     ratio = median_of(beside) / median_of(quiet)
     each = ", ".join(f"{a:.1f} → {b:.1f}" for a, b in zip(quiet, beside, strict=True))
     say(f"{subject.name:<32} quiet {median_of(quiet):7.1f} tok/s   beside {median_of(beside):7.1f} tok/s   ratio {ratio:.3f}   ({each})")
+    if isinstance(subject, Ours):
+        say(f"{'':<32} threads in the end: quiet {threads['quiet']}, beside {threads['beside']}")
     return ratio
 
 
@@ -49,6 +52,11 @@ def speed(bench: Bench, subject: Subject) -> float:
         end = time.perf_counter() + seconds
         wait(lambda: time.perf_counter() > end or any(len(stream.times) == LONGEST for stream in streams), seconds + 1, "the time to pass")
     return steady(streams)
+
+
+def _threads(subject: Subject) -> int:
+    """Of our engine's last step."""
+    return int(subject.backend.stats().threads) if isinstance(subject, Ours) else 0
 
 
 @contextlib.contextmanager

@@ -96,7 +96,8 @@ class HttpServer(Threaded):
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
-        limits = httpx.Limits(max_connections=128, max_keepalive_connections=128)
+        # llama-server closes a connection after a stream without saying so; one that is kept fails at the next request.
+        limits = httpx.Limits(max_connections=128, max_keepalive_connections=0)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_SECONDS, limits=limits, trust_env=False)
         try:
             wait(lambda: self._healthy(health), START_SECONDS, f"{name} to start")

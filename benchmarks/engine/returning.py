@@ -13,7 +13,7 @@ MESSAGE, REPLY = 12, 16
 
 def measure(bench: Bench) -> list[Check]:
     """See the module."""
-    chats, length, cells = bench.few(30, 8), bench.few(1500, 300), bench.few(CONTEXT, 1024)
+    chats, length, cells = bench.few(30, 6), bench.few(1500, 200), bench.few(CONTEXT, 768)
     title(f"return: {chats} chats of {length} tokens, round robin, {cells} cells")
     with bench.ours(cache_ram=4096, ctx_size=cells) as ours:
         ratio = tour(bench, ours, chats, length)

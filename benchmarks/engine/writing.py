@@ -57,7 +57,7 @@ def clients(bench: Bench) -> list[Check]:
 
 def race(bench: Bench, subjects: Sequence[Subject], count: int) -> Speeds:
     """Ask each subject in turn, as often as `bench.runs` says and once before to warm up; print and return the medians."""
-    tokens = bench.few(256, 64)
+    tokens = bench.few(256, 32)
     runs: dict[str, list[tuple[float, float, float]]] = {subject.name: [] for subject in subjects}
     for run in range(bench.runs + 1):
         prompts = [bench.prompts.fresh(PROMPT_TOKENS) for _ in range(count)]

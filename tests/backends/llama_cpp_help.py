@@ -25,6 +25,11 @@ NEAR = 0.1
 """Two candidates whose logits are nearer than that may change places when the batch is another one."""
 
 
+def dice(tokens: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """A bias that leaves `tokens` only, each as likely: draws then depend on the seed alone, not on how a batch rounds."""
+    return tuple((token, 1e9) for token in tokens)
+
+
 def load(
     path: Path, progress: Callable[[float, str], None] = lambda _fraction, _words: None, cancel: CancelToken | None = None, **values
 ) -> LlamaCppBackend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +10,7 @@ from modules.backends.base import Backend, CancelToken, Chunk, GenerationRequest
 from modules.backends.echo import EchoBackend
 from modules.errors import NoModel, PromptError, PromptTooLong, UserError
 from modules.samplers import NEUTRAL
+from tests.backends.llama_cpp_help import Task, differ, text_of
 
 GREEDY = NEUTRAL.replace({"temperature": 0})
 PROMPT = "Once upon a time there was a fox"
@@ -23,14 +23,14 @@ def _endless(request: GenerationRequest) -> Iterator[str]:
 
 
 def _echo(_request: pytest.FixtureRequest) -> Backend:
-    return EchoBackend(_endless, context_length=1024)
+    return EchoBackend(_endless, context_length=512)
 
 
 def _llama_cpp(request: pytest.FixtureRequest) -> Backend:
     pytest.importorskip("llama_cpp")
     from modules.backends.llama_cpp import LOADER
 
-    options = LOADER.options.build({"ctx_size": 1024, "threads": 1, "threads_batch": 1})
+    options = LOADER.options.build({"ctx_size": 512, "threads": 1, "threads_batch": 1})
     return LOADER.load(request.getfixturevalue("starter_model"), options, lambda _fraction, _words: None, CancelToken())
 
 
@@ -45,13 +45,10 @@ def run(backend: Backend, **values) -> list[Chunk]:
     return list(backend.generate(GenerationRequest(**{"prompt": PROMPT, "sampling": GREEDY, "max_new_tokens": 20, **values})))
 
 
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
-
-
 def test_what_it_says_of_itself(backend):
-    assert backend.name and backend.context_length == 1024 and backend.alive() and backend.memory() >= 0
+    assert backend.name and backend.context_length == 512 and backend.alive() and backend.memory() >= 0
     assert isinstance(backend.features, frozenset) and isinstance(backend.bos_token, str)
+    assert "generate" in backend.features
 
 
 def test_one_last_chunk_and_counts_that_add_up(backend):
@@ -88,14 +85,14 @@ def test_limits(backend):
 
 
 def test_a_full_context_ends_with_length(backend):
-    prompt = tuple(backend.encode("word " * 1200)[:1014])
+    prompt = tuple(backend.encode("word " * 600)[:502])
     chunks = run(backend, prompt=prompt, max_new_tokens=None, sampling=GREEDY.replace({"ban_eos_token": True}))
     assert chunks[-1].finish_reason == "length" and 10 <= chunks[-1].completion_tokens <= 11
 
 
 def test_a_prompt_too_long_names_both_numbers(backend):
     length = len(backend.encode("word " * 3000))
-    with pytest.raises(PromptTooLong, match=rf"{length} tokens.*1024"):
+    with pytest.raises(PromptTooLong, match=rf"{length} tokens.*512"):
         run(backend, prompt="word " * 3000)
     assert text_of(run(backend))
 
@@ -129,19 +126,72 @@ def test_closing_early_frees_the_place(backend):
     assert run(backend)[-1].finish_reason == "length"
 
 
+def test_a_chunk_tells_one_thing_at_a_time_and_in_order(backend):
+    """Waiting, then reading, then writing, then the end."""
+    chunks = run(backend, client="somebody")
+    kinds = ["end" if c.finish_reason else "writes" if c.token_ids else "waits" if c.queue_position is not None else "reads" for c in chunks]
+    assert kinds == sorted(kinds, key=["waits", "reads", "writes", "end"].index)
+    done = [chunk.prefill_done for chunk in chunks if chunk.prefill_done]
+    assert done == sorted(done) and done[-1] == chunks[-1].prompt_tokens
+
+
+def test_probabilities(backend):
+    if "logprobs" not in backend.features:
+        pytest.skip("it has none")
+    chunks = run(backend, logprobs=2, prompt_logprobs=1)
+    found = [entry for chunk in chunks for entry in chunk.logprobs]
+    assert [entry.token for entry in found] == [token for chunk in chunks for token in chunk.token_ids]
+    assert all(len(entry.top) == 2 and entry.logprob <= entry.top[0][2] <= 0 for entry in found)
+    prompt = backend.encode(PROMPT, add_bos=True)
+    assert [entry.token for chunk in chunks for entry in chunk.prompt_logprobs] == prompt[1:]
+    assert not any(chunk.logprobs or chunk.prompt_logprobs for chunk in run(backend))
+
+
+def test_prefill(backend):
+    if "prefill" not in backend.features:
+        pytest.skip("it cannot")
+    request = GenerationRequest(PROMPT + " and a hen", GREEDY, max_new_tokens=2)
+    assert backend.prefill(request) is None
+    last = list(backend.generate(request))[-1]
+    assert last.timings.reused_tokens == last.prompt_tokens - 1
+    token = CancelToken()
+    token.cancel()
+    backend.prefill(GenerationRequest(PROMPT, cancel=token))
+
+
+def test_embeddings(backend):
+    if "embeddings" not in backend.features:
+        pytest.skip("it makes none")
+    found = backend.embed([PROMPT, "x", tuple(backend.encode(PROMPT, add_bos=True))], CancelToken())
+    assert len(found.vectors) == 3 and len({len(vector) for vector in found.vectors}) == 1 and found.tokens > 3
+    assert all(sum(value * value for value in vector) == pytest.approx(1, abs=1e-3) for vector in found.vectors)
+    assert sum(a * b for a, b in zip(found.vectors[0], found.vectors[2], strict=True)) > 0.999
+
+
+def test_stats(backend):
+    if "stats" not in backend.features:
+        pytest.skip("it has none")
+    run(backend)
+    stats = backend.stats()
+    assert stats.parallel >= 1 and stats.busy_sequences <= stats.parallel and stats.cells_used <= stats.cells and stats.restarts == 0
+
+
+def test_a_cancel_token_outlives_its_request(backend):
+    token = CancelToken()
+    run(backend, cancel=token)
+    token.cancel()
+    assert run(backend)[-1].finish_reason == "length"
+
+
 def test_requests_from_many_threads_do_not_mix(backend):
-    wanted = {n: text_of(run(backend, max_new_tokens=5 + n)) for n in range(4)}
-    got: dict[int, str] = {}
-
-    def ask(n: int) -> None:
-        got[n] = text_of(run(backend, max_new_tokens=5 + n))
-
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert got == wanted
+    alternatives = 2 if "logprobs" in backend.features else 0
+    prompts = [f"{PROMPT} number {n}" for n in range(6)]
+    wanted = [run(backend, prompt=prompt, max_new_tokens=5 + n, logprobs=alternatives) for n, prompt in enumerate(prompts)]
+    tasks = [Task(run, backend, prompt=prompt, max_new_tokens=5 + n) for n, prompt in enumerate(prompts)]
+    for n, (alone, task) in enumerate(zip(wanted, tasks, strict=True)):
+        among = task.result()
+        assert among[-1].completion_tokens == 5 + n and among[-1].prompt_tokens == alone[-1].prompt_tokens
+        assert not differ(alone, among) if alternatives else text_of(alone) == text_of(among)
 
 
 def test_after_unload_everything_says_so(backend):  # the last test of the module: the fixture's backend is gone

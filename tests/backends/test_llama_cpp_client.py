@@ -35,6 +35,7 @@ from tests.backends.llama_cpp_help import (
     GREEDY,
     Stream,
     Task,
+    dice,
     differ,
     gone,
     is_zombie,
@@ -95,8 +96,11 @@ def test_a_prefix_is_reused_and_said_so(backend):
 
 @real_engine
 def test_a_seed_repeats_a_reply(backend):
-    replies = [text_of(run(backend, "My favourite animal is", NEUTRAL, seed=seed)) for seed in (1, 1, 2, 2**32 - 1, 2**32 - 1)]
-    assert replies[0] == replies[1] != replies[2] and replies[3] == replies[4]
+    letters = dice(backend.encode("a b c d e f g h"))
+    drawn = [tokens_of(run(backend, "My favourite", NEUTRAL, seed=seed, logit_bias=letters)) for seed in (1, 1, 2, 2**32 - 1, 2**32 - 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[3] == drawn[4] and len(set(drawn[0])) > 4
+    texts = [text_of(run(backend, "My favourite animal is", NEUTRAL, seed=seed, max_new_tokens=6)) for seed in (1, 2, 3)]
+    assert len(set(texts)) == 3
 
 
 @real_engine

@@ -1,31 +1,43 @@
-"""The engine's parts inside this process: the model, the native chain, the scheduler, and the engine over two pipes."""
+"""The engine's parts inside this process: the model, the native chain, jobs on the real model, and the engine over two pipes."""
 
 from __future__ import annotations
 
 import ctypes
+import io
+import itertools
 import os
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from modules.backends.base import Adapter, GenerationRequest
+from modules.backends.llama_cpp.client import _asked
 from modules.backends.llama_cpp.options import DEFAULT_CONTEXT, LlamaCppOptions
-from modules.backends.llama_cpp.protocol import Frame, encode, pack_tokens, read_frame, unpack_tokens
+from modules.backends.llama_cpp.protocol import Frame, encode, pack_tokens, read_frame, unpack_floats, unpack_tokens
 from modules.backends.llama_cpp.samplers import chain_plan
-from modules.backends.llama_cpp.threads import usable_cores, writing_threads
-from modules.errors import Busy, ModelError, SettingsError
+from modules.errors import Busy, ModelError, SettingsError, UserError
 from modules.samplers import NEUTRAL
 
 lib = pytest.importorskip("llama_cpp.llama_cpp")
+pytest.importorskip("gguf")
 
 from modules.backends.llama_cpp import engine as engine_module  # noqa: E402
-from modules.backends.llama_cpp.engine import Engine, memory_in_use  # noqa: E402
-from modules.backends.llama_cpp.model import Computed, Model, explain_failure  # noqa: E402
-from modules.backends.llama_cpp.scheduler import Job, Scheduler  # noqa: E402
+from modules.backends.llama_cpp import jobs as jobs_module  # noqa: E402
+from modules.backends.llama_cpp.cache import Cache  # noqa: E402
+from modules.backends.llama_cpp.engine import Engine, Outlet, memory_in_use, spill_bytes  # noqa: E402
+from modules.backends.llama_cpp.jobs import adapters_key, error_frame, make_job, prepare  # noqa: E402
+from modules.backends.llama_cpp.model import Model, explain_adapter, explain_failure  # noqa: E402
+from modules.backends.llama_cpp.scheduler import LOW, Computed, Row, Scheduler  # noqa: E402
+from tests.backends import tiny_models  # noqa: E402
 
 GREEDY = NEUTRAL.replace({"temperature": 0})
+ENDLESS = GREEDY.replace({"ban_eos_token": True})
+
 PROMPTS = (
     "Once upon a time",
     "The capital of France is",
@@ -41,7 +53,7 @@ PROMPTS = (
 
 
 def options(**values) -> dict:
-    chosen = LlamaCppOptions.build({"ctx_size": 512, "threads": 1, "threads_batch": 1, "batch_size": 64, **values})
+    chosen = LlamaCppOptions.build({"ctx_size": 512, "threads": 1, "threads_batch": 1, "batch_size": 64, "cache_ram": 0, **values})
     return {**chosen.model_dump(), "tensor_split": chosen.shares, "default_context": DEFAULT_CONTEXT}
 
 
@@ -52,26 +64,40 @@ def model(starter_model: Path) -> Iterator[Model]:
     made.close()
 
 
-def job(id: int = 1, prompt: str | bytes = "Once upon a time", sampling=GREEDY, max_new: int | None = 8, **values) -> Job:
-    asked = {"text": isinstance(prompt, str), "add_bos": True, "plan": chain_plan(sampling, 1), "max_new": max_new, "logprobs": 0, "special": False}
-    return Job(id, {**asked, **values}, prompt.encode() if isinstance(prompt, str) else prompt)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.dense(tmp_path_factory.mktemp("models") / "dense.gguf")
 
 
-def run(model: Model, *jobs: Job) -> list[Frame]:
-    """What the scheduler sends for `jobs`, one after another."""
+def frame(id: int = 1, prompt: str | tuple[int, ...] = "Once upon a time", sampling=GREEDY, kind: str = "generate", **values) -> Frame:
+    return Frame(kind, id, *_asked(GenerationRequest(prompt, sampling, **{"max_new_tokens": 8, "seed": 1, **values})))
+
+
+def run(model: Model, *frames: Frame, parallel: int = 1) -> list[Frame]:
+    """What is sent for `frames`, in an empty cache."""
+    model.clear()
     sent: list[Frame] = []
-    scheduler = Scheduler(model, sent.append)
-    for one in jobs:
-        scheduler.submit(one)
-
-    def stop_when_done(frame: Frame) -> None:
-        sent.append(frame)
-        if sum(f.kind in ("end", "error") for f in sent) == len(jobs):
-            scheduler.stop()
-
-    scheduler._send = stop_when_done
-    scheduler.run()
+    scheduler = Scheduler(model, Cache(model, model.context_length, model.sequences), parallel=parallel, cuts=model.cuts)
+    for each in frames:
+        job = make_job(each, model, sent.append)
+        try:
+            prepare(job, each, model)
+        except UserError as error:
+            sent.append(error_frame(each.id, error))
+            continue
+        scheduler.submit(job)
+    while not scheduler.idle:
+        scheduler.step()
     return sent
+
+
+def row(tokens: list[int], start: int = 0, sequence: int = 0, outputs: int = 1) -> Row:
+    return Row(sequence, np.array(tokens, np.int32), np.arange(start, start + len(tokens), dtype=np.int32), outputs)
+
+
+def length(model: Model, sequence: int = 0) -> int:
+    """Tokens of a sequence in native memory."""
+    return int(lib.llama_memory_seq_pos_max(model._memory, sequence)) + 1
 
 
 def bare_loop(model: Model, prompt: str, count: int) -> list[int]:
@@ -97,9 +123,8 @@ def bare_loop(model: Model, prompt: str, count: int) -> list[int]:
 @pytest.mark.engine
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_is_the_bare_loop_token_for_token(model, prompt):
-    model.forget()
-    frames = run(model, job(prompt=prompt, max_new=16))
-    assert [token for frame in frames for token in frame.fields.get("tokens", ())] == bare_loop(model, prompt, 16)
+    frames = run(model, frame(prompt=prompt, max_new_tokens=16))
+    assert [token for each in frames for token in each.fields.get("tokens", ())] == bare_loop(model, prompt, 16)
 
 
 @pytest.mark.engine
@@ -122,7 +147,7 @@ def test_pieces_joined_are_the_detokenised_text(model):
 @pytest.mark.engine
 def test_every_token_of_the_vocabulary_has_a_piece(model):
     assert all(isinstance(model.piece(token, special=True), bytes) for token in range(0, model.vocabulary.size, 7))
-    model._piece_buffer = ctypes.create_string_buffer(1)  # longer pieces make their own room
+    model._piece_buffers.buffer = ctypes.create_string_buffer(1)  # longer pieces make their own room
     assert model.piece(model.tokenize(b" capital", False)[0], special=False) == b" capital"
     assert model.detokenize([]) == b"" and model.tokenize(b"", False) == []
 
@@ -138,100 +163,143 @@ def test_bos_is_added_where_the_model_wants_it_and_never_twice(model, monkeypatc
     assert model.tokenize(b"", True) == [bos]
 
 
-@pytest.mark.engine
-def test_a_cache_that_cannot_be_trimmed_is_cleared(model, monkeypatch):
-    tokens = model.tokenize(b"The fox and the hen and the hound", False)
-    model.forget()
-    assert model.compute(tokens) is Computed.DONE and model.cached == len(tokens)
-    assert model.keep_prefix(tokens) == len(tokens) - 1
-    assert model.compute(tokens[-1:]) is Computed.DONE
-    with monkeypatch.context() as patched:
-        patched.setattr(lib, "llama_memory_seq_rm", lambda *_: False)
-        assert model.keep_prefix(tokens[:3]) == 0 and model.cached == 0
-    model.compute(tokens)
-    with monkeypatch.context() as patched:  # a sliding window that has left the start behind
-        patched.setattr(lib, "llama_model_n_swa", lambda _model: 2)
-        patched.setattr(lib, "llama_memory_seq_pos_min", lambda *_: 5)
-        assert model.keep_prefix(tokens[:6]) == 0
-    model.compute(tokens)
-    with monkeypatch.context() as patched:
-        patched.setattr(lib, "llama_model_n_swa", lambda _model: 2)
-        patched.setattr(lib, "llama_memory_seq_pos_min", lambda *_: 3)
-        assert model.keep_prefix(tokens[:6]) == 5
-    model.forget()
+# --- computing ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.engine
-def test_a_stop_inside_a_piece_leaves_the_cache_as_it_was(model):
-    model.forget()
-    tokens = model.tokenize(b"word " * 60, False)[:60]
-    assert model.compute(tokens[:30]) is Computed.DONE
+def test_a_stop_inside_a_step_leaves_the_cache_as_it_was(model):
+    model.clear()
+    tokens = model.tokenize(b"word " * 120, False)[:110]
+    assert model.decode([row(tokens[:60])], None, None) is Computed.DONE and length(model) == 60
     before = model.nodes
-    model.should_stop = lambda: model.nodes > before + 20
-    assert model.compute(tokens[30:]) is Computed.STOPPED and model.cached == 30 and before + 20 < model.nodes < before + 60
-    model.should_stop = lambda: False
-    assert model.compute(tokens[30:]) is Computed.DONE and model.cached == 60
+    stop = lambda: model.nodes > before + 20  # noqa: E731
+    assert model.decode([row(tokens[60:], 60)], None, stop) is Computed.STOPPED
+    assert length(model) == 60 and before + 20 < model.nodes < before + 60
+    assert model.decode([row(tokens[60:], 60)], None, lambda: False) is Computed.DONE and length(model) == 110
 
 
 @pytest.mark.engine
-def test_errors_of_computing_empty_the_cache(model, monkeypatch):
-    model.forget()
-    model.compute(model.tokenize(b"The fox", False))
+def test_no_place_leaves_the_cache_as_it_was(model):
+    model.clear()
+    tokens = model.tokenize(b"word " * 600, False)
+    for start in range(0, 480, 60):
+        assert model.decode([row(tokens[start : start + 60], start)], None, None) is Computed.DONE
+    assert model.decode([row(tokens[:60], 0, sequence=1)], None, None) is Computed.FULL
+    assert length(model, 0) == 480 and length(model, 1) == 0
+
+
+@pytest.mark.engine
+def test_sequences_are_copied_cut_saved_and_restored(model):
+    model.clear()
+    tokens = model.tokenize(b"The fox and the hen and the hound went for a walk", False)
+    assert model.decode([row(tokens)], None, None) is Computed.DONE
+    wanted = model.logprobs(len(tokens) - 1)
+    half = len(tokens) // 2
+    model.copy(0, 1, 0, half)
+    assert length(model, 1) == half and model.can_end_at(0, half) and model.can_end_at(0, 0)
+    assert model.decode([row(tokens[half:], half, sequence=1)], None, None) is Computed.DONE
+    assert np.abs(model.logprobs(len(tokens) - half - 1) - wanted).max() < 0.1
+    state = model.save(0)
+    assert model.restore(2, state) and length(model, 2) == len(tokens) and not model.restore(3, state[:100])
+    assert model.cut(2, half) and length(model, 2) == half and model.cut(2, 0) and length(model, 2) == 0
+    with pytest.raises(ModelError, match="error -1"):  # a place that is taken
+        model.decode([row(tokens[-1:], len(tokens) - 1, sequence=1)], None, None)
+    model.clear()
+    assert all(length(model, sequence) == 0 for sequence in range(4))
+
+
+@pytest.mark.engine
+def test_probabilities_are_probabilities(model):
+    model.clear()
+    model.decode([row(model.tokenize(b"The capital of France is", False))], None, None)
+    found = model.logprobs(len(model.tokenize(b"The capital of France is", False)) - 1)
+    assert np.exp(found).sum() == pytest.approx(1) and model.piece(int(found.argmax()), False) == b" Paris"
+    assert model.likeliest(len(model.tokenize(b"The capital of France is", False)) - 1) == found.argmax()
+
+
+@pytest.mark.engine
+def test_errors_of_computing_end_those_who_computed(model, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(lib, "llama_decode", lambda *_: -3)
-        with pytest.raises(ModelError, match="error -3"):
-            model.compute_one(5)
-        assert model.cached == 0
+        frames = run(model, frame())
+        assert frames[-1].kind == "error" and "error -3" in frames[-1].fields["message"]
         patched.setattr(lib, "llama_decode", lambda *_: 1)
-        frames = run(model, job())
+        frames = run(model, frame())
         assert frames[-1].kind == "error" and "no place" in frames[-1].fields["message"]
         patched.setattr(lib, "llama_decode", lambda *_: 1 / 0)
-        frames = run(model, job(), job(2))
+        frames = run(model, frame(1), frame(2))
         assert [(f.kind, f.id) for f in frames if f.kind != "chunk"] == [("error", 1), ("error", 2)]
         assert "The engine failed: division" in frames[-1].fields["message"]
-    assert run(model, job())[-1].fields["reason"] == "length"
+    assert run(model, frame())[-1].fields["reason"] == "length"
 
 
 @pytest.mark.engine
-def test_jobs_run_in_order_and_end_once(model):
-    frames = run(model, job(1), job(2, prompt=b""), job(3, prompt="x " * 600), job(4, prompt=pack_tokens([5, 6, 7])), job(5, prompt=""))
-    assert [(f.id, f.kind, f.fields.get("reason") or f.fields.get("kind")) for f in frames if f.kind != "chunk"] == [
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_jobs_end_once_and_errors_are_named(model, parallel):
+    asked = [frame(1), frame(2, ()), frame(3, "x " * 600), frame(4, (5, 6, 7)), frame(5, ""), frame(6, (10**6,)), frame(7, max_new_tokens=0)]
+    frames = run(model, *asked, parallel=parallel)
+    assert sorted((f.id, f.kind, f.fields.get("reason") or f.fields.get("kind")) for f in frames if f.kind != "chunk") == [
         (1, "end", "length"),
         (2, "error", "PromptError"),
         (3, "error", "PromptTooLong"),
         (4, "end", "length"),
         (5, "error", "PromptError"),
+        (6, "error", "PromptError"),
+        (7, "end", "length"),
     ]
-    assert [f.id for f in frames] == sorted(f.id for f in frames)
+    for id in (1, 4, 7):
+        own = [f for f in frames if f.id == id]
+        assert own[-1].kind == "end" and sum(len(f.fields.get("tokens", ())) for f in own) == own[-1].fields["done"] == (0 if id == 7 else 8)
 
 
 @pytest.mark.engine
-def test_prefill_is_told_piece_by_piece(model):
-    model.forget()
-    frames = run(model, job(prompt="word " * 150, max_new=1))
+def test_prefill_is_told_piece_by_piece(model, monkeypatch):
+    monkeypatch.setattr("modules.backends.llama_cpp.scheduler.PROGRESS_SECONDS", 0.0)
+    frames = run(model, frame(prompt="word " * 150, max_new_tokens=1))
     told = [f.fields["prefill"] for f in frames if "prefill" in f.fields]
-    assert told == [0, 64, 128, frames[-1].fields["prompt"]] and 128 < told[-1] <= 192
+    assert told[0] == 0 and told == sorted(set(told)) and told[-1] == frames[-1].fields["prompt"] > 128
+    assert all(later - earlier <= 64 for earlier, later in itertools.pairwise(told))
 
 
 @pytest.mark.engine
 def test_a_prompt_that_fills_the_context_still_gets_its_one_token(model):
-    tokens = (model.tokenize(b"word " * 600, False))[:512]
-    frames = run(model, job(prompt=pack_tokens(tokens), max_new=None, sampling=GREEDY.replace({"ban_eos_token": True})))
+    tokens = tuple(model.tokenize(b"word " * 600, False)[:512])
+    frames = run(model, frame(prompt=tokens, max_new_tokens=None, sampling=ENDLESS))
     assert frames[-1].fields["reason"] == "length" and frames[-1].fields["done"] == 1
 
 
-def test_a_full_queue_is_busy_and_waiting_jobs_can_be_cancelled():
-    sent: list[Frame] = []
-    scheduler = Scheduler(None, sent.append, max_queue=2)
-    scheduler.submit(job(1))
-    scheduler.submit(job(2))
-    with pytest.raises(Busy, match="2 requests are waiting"):
-        scheduler.submit(job(3))
-    scheduler.cancel(1)
-    scheduler.cancel(77)
-    assert [(f.id, f.fields["reason"]) for f in sent] == [(1, "cancelled")] and scheduler.load == (1, 0)
-    scheduler.stop()
-    scheduler.run()
+@pytest.mark.engine
+def test_a_frame_of_prefill_is_a_job_of_low_priority_that_writes_nothing(model):
+    job = make_job(frame(kind="prefill", client="me"), model, lambda _frame: None)
+    assert job.priority == LOW and job.limit == 0 and job.client == "me"
+    frames = run(model, frame(kind="prefill", prompt="word " * 20))
+    assert frames[-1].fields["reason"] == "length" and frames[-1].fields["done"] == 0 and not any("tokens" in f.fields for f in frames)
+
+
+def test_keys_of_adapters_and_frames_of_errors():
+    assert adapters_key([]) is None and adapters_key([["a", 0.0]]) is None
+    assert adapters_key([["b", 1], ["a", 0.5]]) == adapters_key([["a", 0.5], ["b", 1.0]]) == (("a", 0.5), ("b", 1.0))
+    assert _asked(GenerationRequest("x", adapters=(Adapter(Path("/a.gguf"), 0.5),)))[0]["adapters"] == [["/a.gguf", 0.5]]
+    assert error_frame(3, Busy("later", 7)) == Frame("error", 3, {"kind": "Busy", "message": "later", "retry_after": 7})
+    assert error_frame(3, ModelError("no")) == Frame("error", 3, {"kind": "ModelError", "message": "no"})
+
+
+def test_counts_and_roots_of_schemas():
+    def grammar(schema: str) -> str:
+        ((name, args),) = jobs_module._with_schema([], schema)
+        assert name == "grammar"
+        return args["text"]
+
+    assert "root ::=" in grammar('{"type": "string"}')
+    assert "root ::=" in grammar('{"$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}')
+    assert jobs_module._with_schema([["greedy", {}]], "") == [("greedy", {})]
+    for schema in (
+        '{"maxItems": 2001, "items": {}}',
+        '{"properties": {"a": [{"minLength": 1e9}]}}',
+        '{"type": "string", "pattern": "^[ab]{3,2001}$"}',
+    ):
+        with pytest.raises(SettingsError, match="at most 2000"):
+            grammar(schema)
 
 
 # --- the chain ----------------------------------------------------------------------------------------------------------------------
@@ -239,31 +307,35 @@ def test_a_full_queue_is_busy_and_waiting_jobs_can_be_cancelled():
 
 @pytest.mark.engine
 def test_grammar_masks_only_when_the_free_choice_is_forbidden(model):
-    model.forget()
-    model.compute(model.tokenize(b"The answer is", False))
+    model.clear()
+    prompt = model.tokenize(b"The answer is", False)
+    model.decode([row(prompt)], None, None)
+    end, output = len(prompt), len(prompt) - 1
     chain = model.chain(chain_plan(NEUTRAL.replace({"grammar_string": 'root ::= " "? [0-9]+ "." '}), 3))
     text = b""
     for _ in range(30):
-        token = model.sample(chain)
+        token = model.sample(chain, output)
         if token is None or token in model.vocabulary.end_tokens:
             break
         text += model.piece(token, special=False)
-        model.compute_one(token)
+        model.decode([row([token], end)], None, None)
+        end, output = end + 1, 0
     chain.close()
     assert re.fullmatch(rb" ?[0-9]+\.?", text)
 
 
 @pytest.mark.engine
 def test_penalties_and_dry_see_the_prompt_and_nothing_else_does(model):
-    model.forget()
+    model.clear()
     tokens = model.tokenize(b"fox fox fox fox", False)
-    model.compute(tokens)
+    model.decode([row(tokens)], None, None)
+    last = len(tokens) - 1
     for values in ({"presence_penalty": 50.0}, {"dry_multiplier": 50.0, "dry_allowed_length": 1}):
         liked = [(tokens[-1], 20.0)]
         free = model.chain(chain_plan(GREEDY, 1, liked))
         penalised = model.chain(chain_plan(GREEDY.replace(values), 1, liked))
         penalised.accept_prompt(tokens)
-        assert model.sample(free) == tokens[-1] != model.sample(penalised)
+        assert model.sample(free, last) == tokens[-1] != model.sample(penalised, last)
         free.close()
         penalised.close()
 
@@ -277,22 +349,123 @@ def test_a_chain_that_cannot_be_built_is_freed_and_named(model):
 # --- loading ------------------------------------------------------------------------------------------------------------------------
 
 
+class Seen:
+    """Parameters that the library was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model: dict = {}
+        self.context: dict = {}
+        self.numa: list[int] = []
+        self._load, self._init = lib.llama_model_load_from_file, lib.llama_init_from_model
+        monkeypatch.setattr(lib, "llama_model_load_from_file", self._loaded)
+        monkeypatch.setattr(lib, "llama_init_from_model", self._made)
+        monkeypatch.setattr(lib, "llama_numa_init", self.numa.append)
+
+    def _loaded(self, path: bytes, params: ctypes.Structure) -> object:
+        self.model = {name: getattr(params, name) for name, _ in params._fields_}
+        self.model["shares"] = [params.tensor_split[0]] if params.tensor_split else []
+        return self._load(path, params)
+
+    def _made(self, model: object, params: ctypes.Structure) -> object:
+        self.context = {name: getattr(params, name) for name, _ in params._fields_}
+        return self._init(model, params)
+
+
+OF_MODEL = {
+    "gpu_layers": (7, {"n_gpu_layers": 7}),
+    "split_mode": ("row", {"split_mode": 2}),
+    "tensor_split": ("3", {"shares": [3.0]}),
+    "no_mmap": (True, {"load_mode": lib.LLAMA_LOAD_MODE_NONE}),
+    "mlock": (True, {"load_mode": lib.LLAMA_LOAD_MODE_MMAP_MLOCK}),
+}
+OF_CONTEXT = {
+    "ctx_size": (768, {"n_ctx": 768}),
+    "batch_size": (300, {"n_batch": 300}),
+    "ubatch_size": (32, {"n_ubatch": 32}),
+    "no_kv_offload": (True, {"offload_kqv": False}),
+    "cache_type": ("q8_0", {"type_k": 8, "type_v": 8}),
+    "flash_attn": ("off", {"flash_attn_type": 0}),
+    "streaming_llm": (True, {"swa_full": True}),
+    "threads": (2, {"n_threads": 2, "n_threads_batch": 1}),
+    "threads_batch": (2, {"n_threads": 1, "n_threads_batch": 2}),
+    "rope_freq_base": (5000.0, {"rope_freq_base": 5000.0}),
+    "compress_pos_emb": (4.0, {"rope_freq_scale": 0.25}),
+    "parallel": (6, {"n_seq_max": 6 + 32, "kv_unified": True}),
+}
+ELSEWHERE = {
+    *("cpu_moe", "numa"),  # below
+    *("max_queue", "prefill_share", "cache_ram", "engine_timeout"),  # of our own parts: scheduler, cache and connection
+    *("model_draft", "draft_max", "gpu_layers_draft", "ctx_size_draft", "spec_type"),  # test_llama_cpp_speculation.py
+    *("spec_ngram_size_n", "spec_ngram_size_m", "spec_ngram_min_hits"),
+    "mmproj",  # test_llama_cpp_vision.py
+}
+
+
+def test_no_option_is_forgotten():
+    assert {*OF_MODEL, *OF_CONTEXT, *ELSEWHERE} == set(LlamaCppOptions.model_fields)
+
+
+@pytest.mark.parametrize("name", [*OF_MODEL, *OF_CONTEXT])
+def test_every_option_reaches_llama_cpp(dense, monkeypatch, name):
+    value, wanted = {**OF_MODEL, **OF_CONTEXT}[name]
+    seen = Seen(monkeypatch)
+    made = Model(str(dense), options(**{name: value}), lambda _fraction: None)
+    found = seen.model if name in OF_MODEL else seen.context
+    assert {key: found[key] for key in wanted} == wanted
+    made.close()
+    plain = Model(str(dense), options(), lambda _fraction: None)
+    found = seen.model if name in OF_MODEL else seen.context
+    assert {key: found[key] for key in wanted} != wanted or name == "parallel"
+    plain.close()
+
+
+def test_experts_in_main_memory_and_numa(dense, monkeypatch):
+    seen = Seen(monkeypatch)
+    Model(str(dense), options(cpu_moe=True, numa=True), lambda _fraction: None).close()
+    assert seen.model["tensor_buft_overrides"] and seen.numa == [1]
+    Model(str(dense), options(), lambda _fraction: None).close()
+    assert not seen.model["tensor_buft_overrides"] and seen.numa == [1]
+
+
+def test_what_cannot_go_together_is_said_with_the_fix(dense):
+    with pytest.raises(ModelError, match="flash-attn"):
+        Model(str(dense), options(cache_type="q8_0", flash_attn="off"), lambda _fraction: None)
+
+
 @pytest.mark.engine
-def test_options_reach_llama_cpp(starter_model, capfd):
+def test_a_model_tells_what_it_is(starter_model, capfd):
     seen: list[float] = []
-    chosen = {"ctx_size": 256, "cache_type": "q8_0", "flash_attn": "on", "no_mmap": True, "mlock": False, "tensor_split": "1", "threads": 2}
-    made = Model(str(starter_model), options(**chosen, compress_pos_emb=2.0), seen.append, verbose=True)
+    made = Model(str(starter_model), options(ctx_size=256, no_mmap=True, threads=2), seen.append, verbose=True)
     about = made.describe()
-    assert (about["context_length"], about["trained_context"], about["threads"]) == (256, 8192, 2) and seen[-1] == 1.0
-    assert about["bos_token"] == "<|im_start|>" and about["parameters"] > 10**8 and about["chat_template"]
+    assert (about["context_length"], about["trained_context"], about["threads"], about["cuts"], about["writes"]) == (256, 8192, 2, True, True)
+    assert about["bos_token"] == "<|im_start|>" and about["parameters"] > 10**8 and about["chat_template"] and seen[-1] == 1.0
     made.close()
     assert "llama_model_loader" in capfd.readouterr().err
 
 
+def test_the_default_context_is_the_models_own_but_bounded(dense):
+    for default, wanted in ((1024, 1024), (10**6, tiny_models.CONTEXT)):
+        made = Model(str(dense), {**options(ctx_size=0), "default_context": default}, lambda _fraction: None)
+        assert made.context_length == wanted
+        made.close()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sliding_window", "recurrent", "hybrid", "bert"])
+def test_what_kind_of_cache_a_model_has(tmp_path, kind):
+    made = Model(str(getattr(tiny_models, kind)(tmp_path / "m.gguf")), options(), lambda _fraction: None)
+    assert made.cuts == (kind in ("dense", "bert")) and made.writes == (kind != "bert")
+    if made.writes:
+        tokens = made.tokenize(b"hello one two three why water name " * 8, True)[:60]
+        assert made.decode([row(tokens)], None, None) is Computed.DONE and made.can_end_at(0, 60)
+        assert made.can_end_at(0, 30) == (kind == "dense") or kind == "sliding_window"
+    made.close()
+
+
 @pytest.mark.engine
-def test_the_default_context_is_the_models_own_but_bounded(starter_model):
-    made = Model(str(starter_model), {**options(ctx_size=0), "default_context": 1024}, lambda _fraction: None)
-    assert made.context_length == 1024
+def test_embeddings_have_a_context_of_bounded_size(starter_model, monkeypatch):
+    seen = Seen(monkeypatch)
+    made = Model(str(starter_model), options(ctx_size=8192), lambda _fraction: None)
+    assert 512 <= made.longest_embedding <= 4096 and seen.context["n_ubatch"] == made.longest_embedding and seen.context["embeddings"]
     made.close()
 
 
@@ -303,22 +476,9 @@ def test_failures_are_explained():
     assert "memory ran out" in explain_failure(["ggml_backend_cpu: failed to allocate buffer of size 1"])
     assert explain_failure(["load: error loading model: tensor x is missing."]).startswith("tensor x is missing. ")
     assert explain_failure([]).startswith("llama.cpp gave no reason. ")
-
-
-def test_threads(tmp_path):
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
-        topology = tmp_path / f"cpu{cpu}" / "topology"
-        topology.mkdir(parents=True)
-        (topology / "thread_siblings_list").write_text("0-1\n")
-    none = tmp_path / "none"
-    assert usable_cores(tmp_path, none) == 1  # all threads of one core
-    assert usable_cores(none, none) >= 1
-    quota = tmp_path / "cpu.max"
-    quota.write_text("100000 100000\n")
-    assert usable_cores(none, quota) == 1
-    quota.write_text("max 100000\n")
-    assert usable_cores(none, quota) == usable_cores(none, none)
-    assert 1 <= writing_threads() <= usable_cores()
+    assert "memory ran out" in explain_failure(["llama_init_from_model: failed to initialize the context: std::bad_alloc"])
+    assert "another base model" in explain_adapter(["tensor 'blk.0.attn_q.weight' has incorrect shape (hint: maybe wrong base model?)"])
+    assert "Download it again" in explain_adapter(["gguf_init: failed to read"])
 
 
 # --- the engine over pipes ----------------------------------------------------------------------------------------------------------
@@ -360,9 +520,12 @@ class Pipes:
         self.back.close()
         return self.codes
 
+    def load(self, path: Path, id: int = 1, **values) -> Frame:
+        self.send(Frame("load", id, {"path": str(path), "options": options(**values), "draft": None, "verbose": False}))
+        return self.until("loaded", "error")
 
-@pytest.mark.engine
-def test_an_engine_from_load_to_end_of_file(starter_model, tmp_path, monkeypatch):
+
+def test_an_engine_from_load_to_end_of_file(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_module, "HEARTBEAT_SECONDS", 0.05)
     pipes = Pipes()
     pipes.send(Frame("ping", 1))
@@ -370,11 +533,9 @@ def test_an_engine_from_load_to_end_of_file(starter_model, tmp_path, monkeypatch
     pipes.send(Frame("encode", 2, {"add_bos": False}, b"early"))
     assert "still loading" in pipes.until("error").fields["message"]
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
-    pipes.send(Frame("load", 3, {"path": str(tmp_path / "bad.gguf"), "options": options(), "verbose": False}))
-    assert pipes.until("error").fields["kind"] == "ModelError"
-    pipes.send(Frame("load", 4, {"path": str(starter_model), "options": options(), "verbose": False}))
-    assert pipes.until("progress").fields["fraction"] > 0
-    assert pipes.until("loaded").fields["context_length"] == 512
+    assert pipes.load(tmp_path / "bad.gguf", 3).fields["kind"] == "ModelError"
+    loaded = pipes.load(dense, 4)
+    assert loaded.id == 4 and loaded.fields["context_length"] == 512 and loaded.fields["speculates"] is False
     pipes.send(Frame("encode", 5, {"add_bos": False}, b"hello"))
     tokens = unpack_tokens(pipes.until("tokens").raw)
     pipes.send(Frame("decode", 6, {}, pack_tokens(tokens)))
@@ -383,15 +544,107 @@ def test_an_engine_from_load_to_end_of_file(starter_model, tmp_path, monkeypatch
     assert pipes.until("error").id == 7
     pipes.send(Frame("decode", 8, {}, pack_tokens([-1])))
     assert pipes.until("error").fields["kind"] == "PromptError"
-    endless = job(9, sampling=GREEDY.replace({"ban_eos_token": True}), max_new=None)
-    pipes.send(Frame("generate", 9, endless.asked, endless.prompt))
+    pipes.send(frame(9, sampling=ENDLESS, max_new_tokens=None))
     while "tokens" not in pipes.until("chunk").fields:
         pass
     pipes.send(Frame("cancel", 9))
-    assert pipes.until("end").fields["reason"] == "cancelled"
-    while not (beat := pipes.until("heartbeat").fields)["steps"]:
+    assert pipes.until("end").fields["reason"] in ("cancelled", "length")
+    pipes.send(Frame("cancel", 12345))  # nobody
+    pipes.send(Frame("embed", 10, {"lengths": [5, 5], "text": [True, True]}, b"hellowater"))
+    vectors = pipes.until("vectors")
+    assert vectors.fields["count"] == 2 and len(unpack_floats(vectors.raw)) == 128
+    pipes.send(Frame("embed", 11, {"lengths": [5, 7], "text": [True, True]}, b"hellowater"))
+    assert pipes.until("error").id == 11
+    while not (beat := pipes.until("heartbeat").fields)["stats"]["steps"]:
         pass
-    assert beat["nodes"] > 0 and beat["memory"] > 10**7 and beat["queued"] == 0
+    assert beat["beats"] > 0 and beat["busy"] is False and beat["stats"]["memory_bytes"] > 10**7 and beat["stats"]["cells"] == 512
+    assert pipes.end() == [0]
+
+
+def test_a_frame_that_makes_no_sense_ends_nothing(dense):
+    """The server is trusted, but a mistake there must not cost everybody's replies."""
+    pipes = Pipes()
+    pipes.load(dense)
+    pipes.send(Frame("unheard of", 2))
+    pipes.send(Frame("encode", 3, {}))
+    assert pipes.until("error").id == 3
+    asked = frame(5)
+    fields = {**asked.fields, "plan": [["no such sampler", {}]]}
+    pipes.send(Frame("generate", 5, fields, asked.raw))
+    assert pipes.until("error").id == 5
+    pipes.send(frame(6))
+    assert pipes.until("end", "error").fields["reason"] == "length"
+    assert pipes.end() == [0]
+
+
+def test_answers_that_no_frame_holds_are_errors(dense, monkeypatch):
+    pipes = Pipes()
+    pipes.load(dense)
+    monkeypatch.setattr("modules.backends.llama_cpp.protocol.MAX_RAW", 600)
+    pipes.send(Frame("encode", 2, {"add_bos": False}, b"7" * 500))  # 2,000 bytes of ids
+    assert pipes.until("tokens", "error").kind == "error"
+    pipes.send(Frame("embed", 3, {"lengths": [5] * 4, "text": [True] * 4}, b"hello" * 4))  # 1,024 bytes of vectors
+    assert pipes.until("vectors", "error").kind == "error"
+    pipes.send(frame(4))
+    assert pipes.until("end", "error").fields["reason"] == "length"
+    assert pipes.end() == [0]
+
+
+def test_cancel_finds_what_is_being_prepared(dense, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        prepare(*args)
+
+    monkeypatch.setattr(engine_module, "prepare", slow)
+    pipes = Pipes()
+    pipes.load(dense)
+    pipes.send(frame(2, sampling=ENDLESS, max_new_tokens=None))
+    assert begun.wait(20)
+    pipes.send(Frame("embed", 3, {"lengths": [5], "text": [True]}, b"hello"))
+    pipes.send(Frame("cancel", 2))
+    pipes.send(Frame("cancel", 3))
+    pipes.send(Frame("ping", 4))
+    pipes.until("pong")  # frames are taken in order: both are cancelled now
+    go_on.set()
+    assert {pipes.until("end").id, pipes.until("end").id} == {2, 3}
+    assert pipes.end() == [0]
+
+
+def test_too_many_at_once_are_told_before_their_prompts_are_read(dense, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(engine_module, "prepare", lambda *args: go_on.wait(20) and prepare(*args))
+    pipes = Pipes()
+    pipes.load(dense, max_queue=2)
+    for id in range(10, 20):
+        pipes.send(frame(id))
+    first = pipes.until("error")
+    assert first.fields["kind"] == "Busy" and first.fields["retry_after"] >= 1 and first.id >= 14
+    go_on.set()
+    ended = {first.id}
+    while len(ended) < 10:
+        last = pipes.until("end", "error")
+        assert last.kind == "end" or last.fields["kind"] == "Busy"
+        assert last.id not in ended
+        ended.add(last.id)
+    assert pipes.end() == [0]
+
+
+def test_memory_is_given_back_when_the_machine_is_short_of_it(dense, monkeypatch):
+    monkeypatch.setattr(engine_module, "HEARTBEAT_SECONDS", 0.05)
+    pipes = Pipes()
+    pipes.load(dense, cache_ram=64, ctx_size=256)
+    for id in range(2, 8):
+        pipes.send(frame(id, f"{id} " + "hello water " * 60))
+        pipes.until("end")
+    while not (stats := pipes.until("heartbeat").fields["stats"])["spilled_sequences"]:
+        pass
+    assert stats["spilled_bytes"] > 0
+    monkeypatch.setattr(engine_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=1, total=1000))
+    while pipes.until("heartbeat").fields["stats"]["spilled_sequences"]:
+        pass
     assert pipes.end() == [0]
 
 
@@ -415,3 +668,38 @@ def test_shutdown_and_a_server_that_is_gone_end_the_engine():
 def test_memory_in_use(tmp_path):
     assert memory_in_use() > 10**6
     assert memory_in_use(tmp_path / "none") > 10**6
+
+
+def test_the_outlet_keeps_order_and_writes_steps_at_once():
+    class Stream(io.BytesIO):
+        writes = 0
+
+        def write(self, data: bytes) -> int:
+            self.writes += 1
+            return super().write(data)
+
+    stream = Stream()
+    outlet = Outlet(stream, lambda: pytest.fail("not gone"))
+    outlet.flush()
+    assert stream.writes == 0
+    for number in range(3):
+        outlet.put(Frame("chunk", number))
+    outlet.flush()
+    assert stream.writes == 1
+    outlet.put(Frame("chunk", 3))
+    outlet.send(Frame("end", 4))
+    stream.seek(0)
+    assert [read_frame(stream.read).id for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_the_outlet_tells_that_nobody_reads():
+    told: list[int] = []
+    stream = io.BytesIO()
+    stream.close()
+    outlet = Outlet(stream, lambda: told.append(1))
+    outlet.send(Frame("end", 4))
+    assert told == [1]
+
+
+def test_room_in_main_memory():
+    assert spill_bytes(0) == 0 and spill_bytes(3) == 3 << 20 and spill_bytes(-1) > 1 << 20

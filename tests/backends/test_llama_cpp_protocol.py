@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modules.backends.llama_cpp import protocol
-from modules.backends.llama_cpp.protocol import Frame, ProtocolError, encode, pack_tokens, read_frame, unpack_tokens
+from modules.backends.llama_cpp.protocol import (
+    Frame,
+    ProtocolError,
+    encode,
+    pack_images,
+    pack_tokens,
+    read_frame,
+    split,
+    unpack_floats,
+    unpack_images,
+    unpack_tokens,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False), lambda c: st.lists(c, max_size=3), max_leaves=5
@@ -108,3 +119,25 @@ def test_broken_tokens_are_named():
         pack_tokens([2**31])
     with pytest.raises(ProtocolError):
         unpack_tokens(b"123")
+
+
+@given(st.binary(max_size=20), st.lists(st.binary(max_size=20), max_size=4))
+def test_images_survive(text, images):
+    raw, lengths = pack_images(text, images)
+    assert unpack_images(raw, lengths) == (text, images) and split(raw, lengths) == [text, *images]
+
+
+@pytest.mark.parametrize("lengths", [[], [2], [4], [5, -2], [1, 1, 2], [10**12], [-(10**12), 10**12 + 3]])
+def test_lengths_that_are_not_those_of_the_tail(lengths):
+    with pytest.raises(ProtocolError, match="lengths"):
+        split(b"abc", lengths)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False)))
+def test_floats_survive(values):
+    assert list(unpack_floats(struct.pack(f"<{len(values)}f", *values))) == values
+
+
+def test_broken_floats_are_named():
+    with pytest.raises(ProtocolError, match="numbers"):
+        unpack_floats(b"12345")

@@ -84,13 +84,23 @@ class Held:
     def append(self, tokens: Any, positions: Any, cells: Any) -> None:
         """Add entries at the end."""
         end = self.length + len(tokens)
-        if end > self._rows.shape[1]:
-            grown = np.zeros((3, max(end, 2 * self._rows.shape[1])), np.int32)
-            grown[:, : self.length] = self._rows[:, : self.length]
-            self._rows = grown
+        self._reserve(end)
         for row, values in enumerate((tokens, positions, cells)):
             self._rows[row, self.length : end] = values
         self.length = end
+
+    def append_one(self, token: int, position: int, cell: int) -> None:
+        """Add one entry at the end."""
+        self._reserve(self.length + 1)
+        rows, end = self._rows, self.length
+        rows[0, end], rows[1, end], rows[2, end] = token, position, cell
+        self.length = end + 1
+
+    def _reserve(self, length: int) -> None:
+        if length > self._rows.shape[1]:
+            grown = np.zeros((3, max(length, 2 * self._rows.shape[1])), np.int32)
+            grown[:, : self.length] = self._rows[:, : self.length]
+            self._rows = grown
 
     def end_after(self, length: int) -> int:
         """The first position that does not belong to the first `length` entries."""
@@ -272,8 +282,13 @@ class Cache:
         """Note what was computed into `sequence`. There must be room for it."""
         count = len(tokens)
         self._free -= count
-        cells = self._free_cells[self._free : self._free + count]
         assert self._free >= 0, "computed more than there was room for"
+        if count == 1:  # nearly always; one at a time numpy's ways for many cost more than the work
+            cell = self._free_cells[self._free]
+            self._holders[cell] = 1
+            sequence.append_one(tokens[0], positions[0], cell)
+            return
+        cells = self._free_cells[self._free : self._free + count]
         self._holders[cells] = 1
         sequence.append(tokens, positions, cells)
 
@@ -363,7 +378,7 @@ class Cache:
         if size > self.spill_bytes:
             return
         for name, other in list(self._spilled.items()):
-            if other.key == sequence.key and common_prefix(other.tokens, sequence.tokens) == len(other.tokens):
+            if self._memory.cuts and other.key == sequence.key and common_prefix(other.tokens, sequence.tokens) == len(other.tokens):
                 del self._spilled[name]
         while self._spilled and self.spilled_bytes + size > self.spill_bytes:
             self._spilled.popitem(last=False)

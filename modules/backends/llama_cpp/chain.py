@@ -41,9 +41,13 @@ class Chain:
         self._grammar: Sampler | None = None
         self._listeners: list[tuple[Sampler, int]] = []  # and how many last tokens each looks at
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        stages = list(plan)
+        self._greedy: tuple[np.ndarray, np.ndarray] | None = None
         try:
-            for name, args in plan:
+            for name, args in stages:
                 self._add(name, args)
+            if {name for name, _ in stages} <= {"logit_bias", "ban_eos", "greedy"} and stages[-1][0] == "greedy":
+                self._greedy = self._biases(stages)
         except BaseException:
             self.close()
             raise
@@ -57,6 +61,13 @@ class Chain:
         if name in ("penalties", "dry"):
             self._listeners.append((sampler, _window(self._vocabulary, args["last_n"])))
 
+    def _biases(self, stages: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and what is added to their logits."""
+        bias = {token: value for name, args in stages if name == "logit_bias" for token, value in args["bias"]}
+        if any(name == "ban_eos" for name, _ in stages):
+            bias |= dict.fromkeys(self._vocabulary.end_tokens, float("-inf"))
+        return np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
+
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Show the end of the prompt to penalties and DRY. A grammar, and samplers that learn from their own choices, do not see it."""
         for sampler, window in self._listeners:
@@ -65,14 +76,23 @@ class Chain:
 
     def sample(self, context: Any, index: int) -> int | None:
         """Choose and accept a token from the logits of output `index`; None when the grammar allows nothing more."""
+        if self._greedy is not None:  # the native samplers would first make a list of all candidates
+            logits = self._logits(context, index)
+            tokens, values = self._greedy
+            if len(tokens):
+                logits[tokens] += values
+            return int(np.argmax(logits))
         if self._grammar is None:
             return int(lib.llama_sampler_sample(self._chain, context, index))
-        token = self._sample_grammar(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, index), (self._vocabulary.size,)))
+        token = self._sample_grammar(self._logits(context, index))
         if token is not None:
             lib.llama_sampler_accept(self._chain, token)
             if token not in self._vocabulary.end_tokens:
                 lib.llama_sampler_accept(self._grammar, token)
         return token
+
+    def _logits(self, context: Any, index: int) -> np.ndarray:
+        return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, index), (self._vocabulary.size,))
 
     def _sample_grammar(self, logits: np.ndarray) -> int | None:
         """As llama.cpp's own tools do: choose freely, and only if the grammar forbids that token mask the whole vocabulary first.

@@ -322,16 +322,13 @@ def exit_words(code: int) -> str:
 def environment(current: Mapping[str, str]) -> dict[str, str]:
     """The engine's environment: modules come from this program's folder, and a native crash ends at once.
 
-    (ggml would attach a debugger to print a backtrace, which can hang.) What the user has set for OpenMP and malloc stays.
+    (ggml would attach a debugger to print a backtrace, which can hang.) What the user has set for malloc stays.
     """
     kept = {name: value for name, value in current.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     return {**_TUNING, **kept, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1"}
 
 
 _TUNING = {
-    # Threads that wait for each other spin for some microseconds, then sleep. GOMP's default spins for milliseconds: right on a quiet machine, but
-    # beside a busy program the spinning itself takes the time that the thread waited for needs.
-    "GOMP_SPINCOUNT": "2000",
     # Saved states of sequences are large and come and go: each in pages of its own, which go back to the system at once.
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from modules.backends.llama_cpp.cache import Cache
-from modules.backends.llama_cpp.jobs import check_length, check_tokens, error_frame, make_job, prepare
+from modules.backends.llama_cpp.jobs import check_tokens, error_frame, make_job, prepare
 from modules.backends.llama_cpp.model import EMBEDDED_AT_ONCE, Model
 from modules.backends.llama_cpp.protocol import Frame, ProtocolError, encode, pack_tokens, read_frame, split, unpack_tokens
 from modules.backends.llama_cpp.scheduler import Job, Scheduler, Speculator
@@ -217,9 +217,10 @@ class Engine:
             texts = [
                 self._model.tokenize(part, True) if text else unpack_tokens(part) for part, text in zip(parts, frame.fields["text"], strict=True)
             ]
-            for text in texts:
+            for number, text in enumerate(texts, 1):
                 check_tokens(self._model, text)
-                check_length(self._model, len(text))
+                if not text:
+                    raise PromptError(f"Text {number} is empty. Leave it out, or write something.")
         self._scheduler.chore(lambda: self._answer(frame, lambda frame: self._embed_some(frame, job, texts, found)))
 
     def _embed_some(self, frame: Frame, job: Job, texts: list[list[int]], found: list[np.ndarray]) -> Frame | None:
@@ -332,6 +333,8 @@ def _speculator(draft: str | None, options: Mapping[str, Any], model: Model) -> 
         small = Model(draft, _for_draft(options, model), lambda _fraction: None)
         if small.vocabulary.size != model.vocabulary.size or small.tokenize(b"The fox, 42!", False) != model.tokenize(b"The fox, 42!", False):
             raise ModelError("The draft model has another vocabulary than the model. Choose one of the same family.")
+        if not small.writes:
+            raise ModelError("The draft model makes embeddings only. Choose a small model of the same family that writes text.")
         if not small.cuts:
             raise ModelError("The draft model's cache cannot be cut back. Choose a draft model without recurrent layers or sliding window.")
         return DraftModel(small, options["draft_max"])

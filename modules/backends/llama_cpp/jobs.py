@@ -19,6 +19,9 @@ from modules.errors import ModelError, PromptError, PromptTooLong, SettingsError
 MAX_SCHEMA = 256 * 1024
 MAX_REPETITIONS = 2000
 """Of one thing in a JSON schema."""
+TELL_SECONDS = 0.015
+"""Between two chunks of one reply. Tokens that come faster go together: each chunk costs the server's process a piece of a core that, on a small
+machine, the engine's threads are waiting for."""
 MAX_ALTERNATIVES = 1000
 """Reported for one token at most."""
 Send = Callable[[Frame], None]
@@ -161,7 +164,9 @@ class Speaker:
         self._logprobs = min(fields["logprobs"], MAX_ALTERNATIVES)
         self._prompt_logprobs = min(fields["prompt_logprobs"] or 0, MAX_ALTERNATIVES)
         self._told = 0  # of the prompt's tokens, those whose log-probabilities were sent
-        self._found: list[list[Any]] = []  # log-probabilities of tokens chosen and not told yet
+        self._tokens: list[int] = []  # chosen and not told yet
+        self._found: list[list[Any]] = []  # their log-probabilities
+        self._told_at = 0.0
         self._text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
 
     def choose(self, output: int) -> int | None:
@@ -177,10 +182,17 @@ class Speaker:
 
     def wrote(self, job: Job, tokens: Sequence[int]) -> None:
         """See `Voice.wrote`."""
-        fields: dict[str, Any] = {"tokens": list(tokens), "done": job.done}
+        self._tokens += tokens
+        if job.last_token - self._told_at >= TELL_SECONDS:
+            self._told_at = job.last_token
+            self._tell(job)
+
+    def _tell(self, job: Job) -> None:
+        fields: dict[str, Any] = {"tokens": self._tokens, "done": job.done}
         if self._found:
             fields["logprobs"], self._found = self._found, []
-        text = "".join([self._text.decode(self._model.piece(token, self._special)) for token in tokens])
+        text = "".join([self._text.decode(self._model.piece(token, self._special)) for token in self._tokens])
+        self._tokens = []
         self._send(Frame("chunk", self._id, fields, text.encode()))
 
     def read(self, job: Job, outputs: range) -> None:
@@ -205,12 +217,16 @@ class Speaker:
 
     def ended(self, job: Job, reason: str) -> None:
         """See `Voice.ended`."""
+        if self._tokens:
+            self._tell(job)
         self._close(job)
         fields = {"reason": reason, "prompt": job.prompt, "done": job.done, "timings": job.timings()}
         self._send(Frame("end", self._id, fields, self._text.decode(b"", True).encode()))
 
     def failed(self, job: Job, error: UserError) -> None:
         """See `Voice.failed`."""
+        if self._tokens:
+            self._tell(job)
         self._close(job)
         self._send(error_frame(self._id, error))
 

@@ -28,6 +28,7 @@ _SPLIT_MODES = {"none": lib.LLAMA_SPLIT_MODE_NONE, "layer": lib.LLAMA_SPLIT_MODE
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _NUMA_DISTRIBUTE = 1
 _LINES_KEPT = 50
+_SMALLER = "Use a smaller --ctx-size, or other options."
 _CACHED_SEQUENCES = 32
 """Numbers for finished sequences besides those that run: they cost nothing where cells are shared by reference."""
 _OUTPUTS = 64
@@ -65,17 +66,21 @@ class NativeLog:
             self._line = ""
 
 
-def explain_failure(lines: Sequence[str]) -> str:
-    """Why a load failed and what to do, from the log's last lines."""
+def explain_failure(lines: Sequence[str], advice: str = "Download the model again, or use another conversion of it.") -> str:
+    """Why a load failed and what to do, from the log's last lines; `advice` where these do not tell."""
     text = "\n".join(lines)
     if "unknown model architecture" in text:
         name = text.split("unknown model architecture:", 1)[-1].strip().split("\n")[0].strip(" '")
         return f"this llama.cpp does not know the architecture {name!r}. Update llama-cpp-python, or use another model."
-    if any(word in text.lower() for word in ("failed to allocate", "unable to allocate", "out of memory", "cannot allocate")):
+    if any(word in text.lower() for word in ("failed to allocate", "unable to allocate", "out of memory", "cannot allocate", "bad_alloc")):
         return "memory ran out. Use a smaller --ctx-size, --cache-type q8_0, fewer --gpu-layers, or a smaller model."
-    reason = next((line.split(": ", 1)[-1] for line in lines if "error" in line.lower() or "fail" in line.lower()), "llama.cpp gave no reason")
-    reason = reason.removeprefix("error loading model: ")
-    return f"{reason.rstrip('.')}. Download the model again, or use another conversion of it."
+    if "requires flash_attn" in text:
+        return "a quantised cache needs flash attention. Use --flash-attn auto, or --cache-type fp16."
+    if "needs >= 1 devices" in text:
+        return "splitting by tensor needs a GPU. Use --split-mode layer."
+    telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()] or list(lines[-1:])
+    reason = telling[0].split(": ", 1)[-1].removeprefix("error loading model: ") if telling else "llama.cpp gave no reason"
+    return f"{reason.rstrip('.')}. {advice}"
 
 
 def explain_adapter(lines: Sequence[str]) -> str:
@@ -83,7 +88,7 @@ def explain_adapter(lines: Sequence[str]) -> str:
     text = "\n".join(lines)
     if "mismatch" in text or "not in base model" in text or "incorrect shape" in text or "does not exist in base model" in text:
         return "it was made for another base model. Load the model it belongs to."
-    return explain_failure(lines).replace("Download the model again", "Download it again")
+    return explain_failure(lines, "Download it again, or use another conversion of it.")
 
 
 class Model:
@@ -92,6 +97,7 @@ class Model:
     def __init__(self, path: str, options: Mapping[str, Any], on_progress: Callable[[float], None], verbose: bool = False) -> None:
         """`options`: the values of LlamaCppOptions and `default_context`. Raises ModelError with the reason and the fix."""
         self._log = NativeLog(verbose)
+        NativeLog.lines.clear()
         self._verbose = verbose
         self.nodes = 0
         """Graph nodes of long steps computed so far: grows while the engine lives, even inside a step."""
@@ -112,6 +118,7 @@ class Model:
         """See `Memory.cuts`. With a window the library cuts without a word even where that leaves too little to go on from."""
         self.writes = _writes(self._metadata("general.architecture"))
         self._adapters: dict[str, Any] = {}
+        self._threads_set: dict[int, int] = {}
         self._key: Hashable = None
         self._embedder: Any = None
         self._context = self._make_context(options) if self.writes else self._embedding_context()
@@ -179,7 +186,7 @@ class Model:
         self._common(params, options)
         context = lib.llama_init_from_model(self._model, params)
         if not context:
-            raise ModelError(f"A context of {params.n_ctx} tokens could not be made: {explain_failure(NativeLog.lines)}")
+            raise ModelError(f"A context of {params.n_ctx} tokens could not be made: {explain_failure(NativeLog.lines, _SMALLER)}")
         return context
 
     def _common(self, params: Any, options: Mapping[str, Any]) -> None:
@@ -296,7 +303,9 @@ class Model:
 
     def _apply_threads(self, context: Any, tokens: int) -> None:
         count = self.threads.now(tokens)
-        lib.llama_set_n_threads(context, count, count)
+        if self._threads_set.get(id(context)) != count:
+            self._threads_set[id(context)] = count
+            lib.llama_set_n_threads(context, count, count)
 
     def _computed(self, status: int) -> Computed:
         if status in (0, 1, 2):
@@ -439,7 +448,7 @@ class Model:
             self.parallel, self.sequences = 1, EMBEDDED_AT_ONCE
         context = lib.llama_init_from_model(self._model, params)
         if not context:
-            raise ModelError(f"A context for embeddings could not be made: {explain_failure(NativeLog.lines)}")
+            raise ModelError(f"A context for embeddings could not be made: {explain_failure(NativeLog.lines, _SMALLER)}")
         if int(lib.llama_pooling_type(context)) in (lib.LLAMA_POOLING_TYPE_NONE, lib.LLAMA_POOLING_TYPE_RANK):
             lib.llama_free(context)
             params.pooling_type = lib.LLAMA_POOLING_TYPE_MEAN
@@ -497,6 +506,11 @@ class _Batch:
         """Put `rows` in; how many tokens that is."""
         end = 0
         for row in rows:
+            if len(row.tokens) == 1:
+                self._tokens[end], self._positions[end], self._sequences[end] = row.tokens[0], row.positions[0], row.sequence
+                self._outputs[end] = row.outputs
+                end += 1
+                continue
             start, end = end, end + len(row.tokens)
             self._tokens[start:end], self._positions[start:end] = row.tokens, row.positions
             self._sequences[start:end] = row.sequence

@@ -331,6 +331,8 @@ class Scheduler:
         self._serving = itertools.count(1)
         self._chores: collections.deque[Callable[[], None]] = collections.deque()
         self._stopped = False
+        self._news = False
+        """Whether somebody came, went, or wants to go: only then places are given anew."""
         self._turn: Hashable = None
         self._turn_ends = 0.0
         self._last_chore = self._last_image = False
@@ -345,6 +347,7 @@ class Scheduler:
         with self._changed:
             victim = self._make_place(job)
             bisect.insort(self._waiting, job, key=lambda each: each.arrived)
+            self._news = True
             self._changed.notify()
         if victim:
             self._turn_away(victim)
@@ -383,7 +386,7 @@ class Scheduler:
         with self._changed:
             for job in [*self._waiting, *self._running]:
                 if job.id == id:
-                    job.cancelled = True
+                    job.cancelled = self._news = True
                     self._changed.notify()
 
     def chore(self, work: Callable[[], None]) -> None:
@@ -430,8 +433,11 @@ class Scheduler:
         """One decoding, or one chore; and whoever must begin or end."""
         if self._do_chore():
             return
-        self._end_cancelled()
-        self._admit()
+        if self._news:
+            self._news = False
+            self._end_cancelled()
+            self._admit()
+            self._tell_positions()
         jobs = self._turn_of()
         self._catch_up(jobs)
         self._computing = []
@@ -442,7 +448,6 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001  # the top of the computing thread: one step's failure must not be all steps'
             traceback.print_exc(file=sys.stderr)
             self._fail(self._computing or jobs, ModelError(f"The engine failed: {error}. Send again; if it repeats, load the model again."))
-        self._tell_positions()
         self._flush()
 
     def _do_chore(self) -> bool:
@@ -552,6 +557,7 @@ class Scheduler:
     def _leave(self, job: Job) -> None:
         assert job.sequence
         self._running.remove(job)
+        self._news = True
         self.cache.finish(job.sequence)
         job.sequence = job.leader = None
         if self._speculator:
@@ -576,6 +582,7 @@ class Scheduler:
         for job in [job for job in jobs if job in self._running]:
             assert job.sequence
             self._running.remove(job)
+            self._news = True
             self.cache.drop(job.sequence)
             if self._speculator:
                 self._speculator.forget(job)
@@ -600,13 +607,15 @@ class Scheduler:
 
     def _turn_of(self) -> list[Job]:
         """The running jobs whose adapters have their turn."""
+        first = self._running[0].key if self._running else None
+        if all(job.key == first for job in self._running):
+            self._turn = first
+            return list(self._running)
         keys = list(dict.fromkeys(job.key for job in self._running))
         now = time.monotonic()
-        if len(keys) > 1 and (self._turn not in keys or now >= self._turn_ends):
+        if self._turn not in keys or now >= self._turn_ends:
             after = keys.index(self._turn) + 1 if self._turn in keys else 0
             self._turn, self._turn_ends = keys[after % len(keys)], now + TURN_SECONDS
-        elif len(keys) == 1:
-            self._turn = keys[0]
         return [job for job in self._running if job.key == self._turn]
 
     def _compute(self, jobs: list[Job]) -> None:
