@@ -9,6 +9,7 @@ UserError                  anything whose message may be shown as it is, in the 
 ├── InUse                  a port or a user_data folder held by another process
 ├── ModelError             a model that cannot be loaded or used
 │   ├── NoModel            nothing is loaded
+│   ├── NotANumber         the model computed something that is no number
 │   └── EngineDied         the engine process ended or hung during the work
 ├── PromptError            a prompt or message that cannot be used
 │   ├── PromptTooLong      does not fit the context even alone
@@ -82,6 +83,10 @@ class NoModel(ModelError):
     """Nothing is loaded."""
 
     status = 409
+
+
+class NotANumber(ModelError):
+    """The model computed something that is no number; what it keeps may be spoilt by it."""
 
 
 class EngineDied(ModelError):

@@ -33,6 +33,7 @@ from tests.backends.llama_cpp_help import (
     CHAT,
     ENDLESS,
     GREEDY,
+    NEAR_IN_STARTER,
     Stream,
     Task,
     dice,
@@ -310,22 +311,41 @@ def test_a_grammar_and_a_schema_are_one_too_many(backend):
 # --- probabilities ------------------------------------------------------------------------------------------------------------------
 
 
-@real_engine
-def test_probabilities_of_the_prompt_are_those_of_writing_it(backend):
-    text = "The quick brown fox jumps over the lazy dog. " * 15
+def compare_with_writing(backend: LlamaCppBackend, text: str, places: tuple[int, ...], tolerance: float) -> None:
+    """The prompt's probabilities against those of writing it, token by token, at some places and at its end."""
     prompt = backend.encode(text)
     assert len(prompt) > 130  # more than two pieces of 64
     chunks = run(backend, prompt, max_new_tokens=2, prompt_logprobs=3)
     found = of_prompt(chunks)
     assert [entry.token for entry in found] == prompt[1:] and reused(chunks) == 0 and chunks[-1].completion_tokens == 2
-    for place in (1, 2, 3, 62, 63, 64, 65, 66, 127, 128, 129, len(prompt) - 1):
+    for place in (*places, len(prompt) - 1):
         forced = run(backend, prompt[:place], logit_bias=((prompt[place], 1000.0),), max_new_tokens=1, logprobs=3)
         (written,) = logprobs_of(forced)
         read = found[place - 1]
         assert written.token == read.token and written.text == read.text
-        assert written.logprob == pytest.approx(read.logprob, abs=1e-3), place
-        assert [value for _, _, value in written.top] == pytest.approx([value for _, _, value in read.top], abs=1e-3)
+        assert written.logprob == pytest.approx(read.logprob, abs=tolerance), place
+        assert [value for _, _, value in written.top] == pytest.approx([value for _, _, value in read.top], abs=tolerance)
     assert len(of_prompt(run(backend, prompt, max_new_tokens=0, prompt_logprobs=0))) == len(prompt) - 1
+
+
+@real_engine
+def test_probabilities_of_the_prompt_are_those_of_writing_it(dense):
+    backend = load(dense, ctx_size=512, flash_attn="off")  # flash attention rounds otherwise for one token than for many
+    try:
+        compare_with_writing(backend, "hello water name why is the system of two " * 10, (1, 2, 3, 62, 63, 64, 65, 66, 127, 128, 129, 150), 1e-3)
+    finally:
+        backend.unload()
+
+
+@real_engine
+def test_probabilities_of_the_prompt_with_the_starter(backend):
+    prompt = backend.encode("The quick brown fox jumps over the lazy dog. " * 7)
+    read = of_prompt(run(backend, prompt, max_new_tokens=0, prompt_logprobs=0))
+    faults = []
+    for place in range(5, len(prompt), 7):
+        forced = run(backend, prompt[:place], logit_bias=((prompt[place], 1000.0),), max_new_tokens=1, logprobs=1)
+        faults.append(abs(logprobs_of(forced)[0].logprob - read[place - 1].logprob))
+    assert max(faults) < 1.5 and sum(faults) / len(faults) < 0.3, faults  # rounding, see NEAR_IN_STARTER; a wrong place would be off by much more
 
 
 @real_engine
@@ -352,7 +372,7 @@ def test_every_token_of_the_vocabulary_may_be_asked_for_and_fewer_may_come(backe
 def test_probabilities_do_not_depend_on_what_else_is_asked(backend):
     wanted = run(backend, "Once upon a time", max_new_tokens=8, logprobs=2, prompt_logprobs=1)
     assert len(logprobs_of(wanted)) == 8
-    assert not differ(wanted, run(backend, "Once upon a time", max_new_tokens=8))
+    assert not differ(wanted, run(backend, "Once upon a time", max_new_tokens=8), NEAR_IN_STARTER)
 
 
 @real_engine
@@ -493,7 +513,7 @@ def test_the_engine_comes_back_although_nobody_asks_and_is_the_same(starter_mode
         assert backend.memory() == 0 or backend.pid != pid
         wait_for(backend.alive)
         assert gone(pid) and seen[-1] == 1.0 and backend.pid != pid and backend.stats().restarts == 1
-        assert not differ(wanted, run(backend, "The fox"))
+        assert not differ(wanted, run(backend, "The fox"), NEAR_IN_STARTER)
     finally:
         pid = backend.pid
         backend.unload()

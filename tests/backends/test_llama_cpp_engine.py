@@ -69,6 +69,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.dense(tmp_path_factory.mktemp("models") / "dense.gguf")
 
 
+@pytest.fixture(scope="module")
+def small(dense: Path) -> Iterator[Model]:
+    made = Model(str(dense), options(), lambda _fraction: None)
+    yield made
+    made.close()
+
+
 def frame(id: int = 1, prompt: str | tuple[int, ...] = "Once upon a time", sampling=GREEDY, kind: str = "generate", **values) -> Frame:
     return Frame(kind, id, *_asked(GenerationRequest(prompt, sampling, **{"max_new_tokens": 8, "seed": 1, **values})))
 
@@ -178,8 +185,8 @@ def test_a_stop_inside_a_step_leaves_the_cache_as_it_was(model):
     assert model.decode([row(tokens[60:], 60)], None, lambda: False) is Computed.DONE and length(model) == 110
 
 
-@pytest.mark.engine
-def test_no_place_leaves_the_cache_as_it_was(model):
+def test_no_place_leaves_the_cache_as_it_was(small):
+    model = small
     model.clear()
     tokens = model.tokenize(b"word " * 600, False)
     for start in range(0, 480, 60):
@@ -261,10 +268,9 @@ def test_prefill_is_told_piece_by_piece(model, monkeypatch):
     assert all(later - earlier <= 64 for earlier, later in itertools.pairwise(told))
 
 
-@pytest.mark.engine
-def test_a_prompt_that_fills_the_context_still_gets_its_one_token(model):
-    tokens = tuple(model.tokenize(b"word " * 600, False)[:512])
-    frames = run(model, frame(prompt=tokens, max_new_tokens=None, sampling=ENDLESS))
+def test_a_prompt_that_fills_the_context_still_gets_its_one_token(small):
+    tokens = tuple(small.tokenize(b"word " * 600, False)[:512])
+    frames = run(small, frame(prompt=tokens, max_new_tokens=None, sampling=ENDLESS))
     assert frames[-1].fields["reason"] == "length" and frames[-1].fields["done"] == 1
 
 

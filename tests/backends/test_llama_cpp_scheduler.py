@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.backends.llama_cpp.cache import WORTH_RESTORING, Cache, common_prefix, whole_images
-from modules.backends.llama_cpp.scheduler import LOW, MAX_LOW, NORMAL, Computed, Job, NotANumber, Pace, Scheduler
-from modules.errors import Busy, ModelError
+from modules.backends.llama_cpp.scheduler import LOW, MAX_LOW, NORMAL, Computed, Job, Pace, Scheduler
+from modules.errors import Busy, ModelError, NotANumber
 
 VOCABULARY = 50
 BATCH, OUTPUTS = 32, 16
@@ -495,9 +495,9 @@ def test_pace():
     assert pace.piece(4, 0.5, 512) == 16  # 20 ms in all, of which 4 tokens write
     assert pace.piece(4, 0.9, 512) == 96 and pace.piece(4, 0.9, 50) == 50
     assert pace.piece(5, 0.5, 512) == 15  # the nearest that is known
-    assert pace.piece(0, 0.5, 4096) == 500
+    assert pace.piece(0, 0.5, 4096) == 1000
     pace.saw(0, 1, 5.0)  # too small a piece tells nothing
-    assert pace.piece(0, 0.5, 4096) == 500
+    assert pace.piece(0, 0.5, 4096) == 1000
 
 
 def test_probabilities_of_a_prompt_come_for_every_token():

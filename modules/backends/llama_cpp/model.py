@@ -18,10 +18,10 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from modules.backends.llama_cpp.chain import Chain, Vocabulary
-from modules.backends.llama_cpp.scheduler import Computed, NotANumber, Row
+from modules.backends.llama_cpp.scheduler import Computed, Row
 from modules.backends.llama_cpp.threads import Threads
 from modules.backends.llama_cpp.vision import Vision
-from modules.errors import ModelError, PromptTooLong
+from modules.errors import ModelError, NotANumber, PromptTooLong
 
 _CACHE_TYPES = {"fp16": 1, "q8_0": 8, "q4_0": 2}  # ggml.h, enum ggml_type
 _SPLIT_MODES = {"none": lib.LLAMA_SPLIT_MODE_NONE, "layer": lib.LLAMA_SPLIT_MODE_LAYER, "row": lib.LLAMA_SPLIT_MODE_ROW, "tensor": 3}

@@ -34,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from modules.backends.llama_cpp.cache import Cache, Held, common_prefix
-from modules.errors import Busy, ModelError, UserError
+from modules.errors import Busy, ModelError, NotANumber, UserError
 
 NORMAL, LOW = 0, 1
 MAX_LOW = 16
@@ -45,7 +45,7 @@ WORTH_WAITING = 16
 """Tokens that another job must be about to compute, for a job with the same prompt to wait for them."""
 TURN_SECONDS = 0.1
 """How long jobs of one set of adapters compute before those of another do: changing adapters costs a new plan of the computation."""
-LONGEST_STEP_SECONDS = 0.5
+LONGEST_STEP_SECONDS = 1.0
 """Aim for a step in which nobody writes: what arrives during it waits so long."""
 SMALLEST_PIECE = 8
 CLIENTS_REMEMBERED = 1000
@@ -101,10 +101,6 @@ class Speculator(Protocol):
     def forget(self, job: Job) -> None:
         """The job has ended or has to wait."""
         ...
-
-
-class NotANumber(ModelError):
-    """The model computed something that is no number; what is in the cache may be spoilt by it."""
 
 
 class Voice(Protocol):
