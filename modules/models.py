@@ -122,7 +122,11 @@ class ModelSlot:
         """The present state; `memory` is read now."""
         with self._lock:
             loaded, status = self._loaded, self._status
-        return replace(status, memory=loaded.backend.memory()) if loaded and status.state == "ready" else status
+        if not loaded or status.state != "ready":
+            return status
+        if not loaded.backend.alive():
+            return replace(status, text="The engine stopped. It is started again by itself.")
+        return replace(status, memory=loaded.backend.memory())
 
     def stats(self) -> EngineStats | None:
         """What the engine does; None without a model, or when its engine does not tell. Never waits, and loads nothing."""

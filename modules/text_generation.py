@@ -26,15 +26,16 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
             return
         if app.settings.verbose:
             _log_request(request, backend)
-        began, last = time.monotonic(), Chunk()
+        began, last, prompt_tokens = time.monotonic(), Chunk(), 0
         stream = backend.generate(request)
         try:
             for last in _paced(stream, request):
                 measure.seen(last)
+                prompt_tokens = max(prompt_tokens, last.prompt_tokens)
                 yield last
         finally:
             _close(stream)
-            _log_result(last, time.monotonic() - began, backend.context_length, request.seed)
+            _log_result(replace(last, prompt_tokens=prompt_tokens), time.monotonic() - began, backend.context_length, request.seed)
 
 
 def split_reply(chunks: Iterator[Chunk], request: GenerationRequest, prompt: str) -> Iterator[Piece]:

@@ -230,6 +230,7 @@ def test_each_metric_is_declared_once():
         ("日本 é\r\t\x01.fake", "日本 é\r\t\x01.fake"),
         ("\udcff.fake", "?.fake"),  # a file name that is not UTF-8
     ],
+    ids=ascii,
 )
 def test_a_hostile_name_of_a_model_stays_a_label(told, slot, engine, name, shown, accept):
     slot.load(dataclasses.replace(slot.choose("a.fake"), name=name))

@@ -461,6 +461,19 @@ def test_a_step_of_low_priority_is_broken_off():
     assert [x.ends for x in world.listeners] == [["length"], ["length"]]
 
 
+def test_two_that_wait_for_each_other_do_not_wait_for_ever():
+    world = World(cells=400, parallel=3)
+    common = tuple(n % VOCABULARY for n in range(90))
+    writer = world.arrive([3, 1], limit=200, client="b")
+    while not writer.written:
+        world.step()
+    world.arrive((*common, 1), limit=2, client="b")
+    world.arrive((*common, 2), limit=2, client="a")
+    world.context.full = 1
+    world.run(most=2000)
+    world.check_end()
+
+
 # --- a step -------------------------------------------------------------------------------------------------------------------------
 
 

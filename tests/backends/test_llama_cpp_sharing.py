@@ -5,7 +5,10 @@ The models are tiny ones made here (`tiny_models.py`): what they write depends o
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,7 +140,7 @@ def test_drawn_tokens_repeat_by_seed_beside_others(dense):
 
 def test_a_long_prompt_stops_nobody(starter):
     writing = Stream(starter, request("Once", ENDLESS, max_new_tokens=None)).writes()
-    long = Stream(starter, request("A long story of hens. " * 100, max_new_tokens=1))
+    long = Stream(starter, request("A long story of hens. " * 60, max_new_tokens=1))
     long.result()
     writing.stop()
     reports = [at for at, chunk in zip(long.times, long.chunks, strict=True) if chunk.prefill_done]
@@ -399,12 +402,12 @@ def test_what_was_read_ahead_is_not_read_again(dense):
 
 
 def test_reading_ahead_gives_way_at_once_and_goes_on_later(starter):
-    text = "A long story of cats. " * 120
+    text = "A long story of cats. " * 60
     fields, raw = _asked(request(text, max_new_tokens=0))
     call = starter._connection.call("prefill", fields, raw)  # the frames say how far it is
     frames = call.frames()
     first = next(frames)
-    assert first.fields["prefill"] < 200 and first.fields["prompt"] > 600
+    assert first.fields["prefill"] < 200 and first.fields["prompt"] > 300
     done: list[int] = []
     rest = Task(lambda: [done.append(frame.fields.get("prefill", -1)) for frame in frames])
     real = run(starter, "Hello", max_new_tokens=2)
@@ -533,6 +536,25 @@ def test_a_spoilt_adapter_spoils_nobody_else(tiny, loras, tmp_path):
             backend.unload()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_adapters_come_back_with_the_engine(tiny, loras, tmp_path, caplog):
+    lost = tmp_path / "lost.gguf"
+    lost.write_bytes(loras[1].read_bytes())
+    backend = load(tiny("dense"))
+    try:
+        wanted = with_adapter(backend, loras[0], logprobs=2)
+        with_adapter(backend, lost)
+        lost.unlink()
+        os.kill(backend.pid, signal.SIGKILL)
+        wait_for(lambda: backend.alive() and backend.stats().restarts == 1)
+        assert backend.adapters == (loras[0],) and "lost.gguf was not loaded again" in caplog.text
+        assert not differ(wanted, with_adapter(backend, loras[0]))
+        with pytest.raises(ModelError, match=r"lost\.gguf"):
+            with_adapter(backend, lost)
+    finally:
+        backend.unload()
+
+
 def test_reading_ahead_with_an_adapter(dense, loras):
     prompt, two = words(150, 31), Adapter(loras[1])
     dense.unload_adapter(loras[1])
@@ -551,7 +573,7 @@ def test_embeddings_of_a_model_that_writes(starter):
     texts = ["The cat sat on the mat.", "A cat was sitting on a rug.", "Interest rates rose by two percent in March.", "a", "naïve café 🦊", ""]
     with pytest.raises(PromptError):
         starter.embed(texts, CancelToken())  # an empty text has no embedding
-    texts = [*texts[:-1], *(f"Sentence number {n} about foxes. " * (n // 2 + 1) for n in range(20))]
+    texts = [*texts[:-1], *(f"Sentence number {n} about foxes. " * (n // 4 + 1) for n in range(20))]
     found = starter.embed(texts, CancelToken())
     assert len(found.vectors) == 25 and found.tokens == sum(len(starter.encode(text, add_bos=True)) for text in texts)
     assert all(cosine(vector, vector) == pytest.approx(1, abs=1e-4) for vector in found.vectors)
@@ -573,14 +595,14 @@ def test_embeddings_too_long_or_wrong_are_named(starter):
     assert len(starter.embed(["short"], CancelToken()).vectors) == 1
 
 
-def test_embeddings_do_not_stop_a_stream(starter):
-    writing = Stream(starter, request("Once", ENDLESS, max_new_tokens=None)).writes()
-    before = len(tokens_of(writing.chunks))
-    task = Task(starter.embed, [f"Text {n} about foxes and hens." for n in range(100)], CancelToken())
+def test_embeddings_do_not_stop_a_stream(dense):
+    dense.embed(["the first one makes a context for itself"], CancelToken())
+    writing = Stream(dense, request("Once", ENDLESS, max_new_tokens=None)).writes()
+    task = Task(dense.embed, [f"Text {n} about foxes and hens." for n in range(100)], CancelToken())
     assert len(task.result().vectors) == 100
     written = [at for at, chunk in zip(writing.times, writing.chunks, strict=False) if chunk.token_ids and task.started_at < at < task.ended_at]
     writing.stop()
-    assert before and len(written) >= 5
+    assert len(written) >= 3
 
 
 def test_embeddings_can_be_cancelled(starter):

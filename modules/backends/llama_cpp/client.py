@@ -52,6 +52,7 @@ class LlamaCppBackend:
         self.image_marker = ""
         self.description = ""
         self.features: frozenset[str] = frozenset()
+        self._parallel = 1
         self._path = path
         self._draft = draft
         self._options = options
@@ -187,7 +188,8 @@ class LlamaCppBackend:
         with self._changed:
             connection, former, restarts = self._connection, self._former, self._restarts
         now = connection.health if connection else {}
-        return EngineStats(**{**(_state(now) if connection and connection.alive else {}), **_added(former, now), "restarts": restarts})
+        known = {"parallel": self._parallel, "cells": self.context_length, "max_queue": self._options.max_queue}
+        return EngineStats(**{**known, **(_state(now) if connection and connection.alive else {}), **_added(former, now), "restarts": restarts})
 
     # --- the engine's life --------------------------------------------------------------------------------------------------------------
 
@@ -242,6 +244,7 @@ class LlamaCppBackend:
         self.chat_template = loaded["chat_template"]
         self.bos_token, self.eos_token = loaded["bos_token"], loaded["eos_token"]
         self.image_marker = loaded["image_marker"]
+        self._parallel = int(loaded["parallel"])
         self.description = loaded["description"]
         writing = {"generate", "parallel", "grammar", "logprobs", "prefill", "adapters"} if loaded["writes"] else {"parallel"}
         self.features = frozenset(writing | {"embeddings", "stats"} | ({"images"} if self.image_marker else set()))
@@ -283,6 +286,10 @@ class LlamaCppBackend:
             self._fruitless += 1
             pause = 0.0 if self._fruitless == 1 else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._fruitless - 2))
             with self._changed:
+                if pause and self._trouble is None:
+                    words = f"The engine stopped {self._fruitless} times in a row. It is started again in {pause:.0f} seconds"
+                    self._trouble = EngineDied(f"{words}; your text is kept, send it again then, or load another model.")
+                    self._changed.notify_all()
                 if self._changed.wait_for(lambda: self._unloaded, pause):
                     return
             logger.warning("Starting the engine again and loading %s", self._path.name)

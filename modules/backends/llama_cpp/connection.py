@@ -305,7 +305,7 @@ class Connection:
         self._process.stderr.close()
 
 
-_AGAIN = "Your text is kept; the engine is being started again: send again."
+_AGAIN = "Your text is kept; the engine starts again by itself: send again."
 
 
 def exit_words(code: int) -> str:

@@ -89,6 +89,7 @@ class Engine:
             prefill_share=options["prefill_share"],
             speculator=speculator,
             cuts=model.cuts,
+            seconds_per_token=model.seconds_per_token / 2,  # several at once cost less each than one alone
             flush=self._out.flush,
         )
         self._out.send(Frame("heartbeat", 0, self.health()))

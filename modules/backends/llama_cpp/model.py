@@ -10,6 +10,7 @@ import ctypes
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,7 @@ class Model:
         self._batch = _Batch(max(self.batch_size, 1))
         mmproj = options["mmproj"]
         self.vision = Vision(mmproj, self._model, self.threads.reading, options["gpu_layers"] != 0, verbose) if mmproj else None
+        self.seconds_per_token = 0.0
         if self.writes:
             self._warm_up()
 
@@ -199,9 +201,12 @@ class Model:
         params.no_perf = True
 
     def _warm_up(self) -> None:
-        """Compute one token: the first step touches all weights, and would be the first user's to wait for."""
-        token = max(0, int(lib.llama_vocab_bos(self._vocab)))
-        self.decode([Row(0, np.array([token], np.int32), np.array([0], np.int32), 1)], None, None)
+        """Compute a token twice: the first step touches all weights, and would be the first user's to wait for; the second tells how fast it is."""
+        token = np.array([max(0, int(lib.llama_vocab_bos(self._vocab)))], np.int32)
+        for position in (0, 1):
+            began = time.monotonic()
+            self.decode([Row(0, token, np.array([position], np.int32), 1)], None, None)
+            self.seconds_per_token = time.monotonic() - began
         lib.llama_memory_clear(self._memory, True)
 
     # --- what it is -----------------------------------------------------------------------------------------------------------------

@@ -251,8 +251,8 @@ class Job:
 class Pace:
     """How long steps take, to keep a piece of a prompt within its share of the time."""
 
-    def __init__(self) -> None:
-        self.per_token = 0.0
+    def __init__(self, per_token: float = 0.0) -> None:
+        self.per_token = per_token
         """Seconds that each token of a prompt adds to a step; 0: not known."""
         self._writing: dict[int, float] = {}
 
@@ -309,9 +309,12 @@ class Scheduler:
         prefill_share: float = 0.6,
         speculator: Speculator | None = None,
         cuts: bool = True,
+        seconds_per_token: float = 0.0,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
-        """`cuts`: whether sequences can be cut back (see `Memory.cuts`); `flush` is called after each step, for what voices have to tell."""
+        """`cuts`: whether sequences can be cut back (see `Memory.cuts`); `seconds_per_token`: of a prompt, as a first guess; `flush` is called after
+        each step, for what voices have to tell.
+        """
         self._decoder = decoder
         self.cache = cache
         self.parallel = parallel
@@ -333,7 +336,7 @@ class Scheduler:
         self._turn_ends = 0.0
         self._last_chore = self._last_image = False
         self._computing: list[Job] = []
-        self._pace = Pace()
+        self._pace = Pace(seconds_per_token)
         self.totals = Totals()
 
     # --- from any thread ------------------------------------------------------------------------------------------------------------
@@ -556,6 +559,9 @@ class Scheduler:
         self._news = True
         self.cache.finish(job.sequence)
         job.sequence = job.leader = None
+        for other in self._running:
+            if other.leader and other.leader[0] is job:
+                other.leader = (job, 0)  # it goes on alone, even if this one is back before the next step
         if self._speculator:
             self._speculator.forget(job)
 

@@ -347,7 +347,7 @@
     figures() {
       const s = this.data.stats;
       if (!s?.tokens) return null;
-      const quick = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, `${number.format(s.tokens)} token${s.tokens === 1 ? '' : 's'}`, s.seconds && `${s.seconds.toFixed(1)} s`];
+      const quick = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, `${number.format(s.tokens)} token${s.tokens === 1 ? '' : 's'}`, s.seconds && `${s.seconds.toFixed(1)} s`, s.finish_reason === 'length' && 'ended at the longest allowed length'];
       const rest = [
         this.data.model && `Model: ${this.data.model}`, s.seed != null && `Seed: ${s.seed}`,
         s.prompt_tokens != null && `Prompt: ${number.format(s.prompt_tokens)} tokens, ${number.format(s.reused_tokens || 0)} of them reused`,
@@ -355,7 +355,6 @@
         s.first_token_seconds != null && `First token after ${s.first_token_seconds.toFixed(2)} s`,
         s.draft_tokens && `Guessed ahead: ${number.format(s.accepted_tokens)} of ${number.format(s.draft_tokens)} tokens were right`,
         s.context_length && `Context: ${number.format(s.context_used)} of ${number.format(s.context_length)} tokens`,
-        s.finish_reason === 'length' && 'Ended at the longest allowed length',
         this.data.dropped_messages > 0 && `The oldest ${this.data.dropped_messages} messages did not fit the context`, this.data.created && new Date(this.data.created * 1000).toLocaleString(),
       ];
       return el('span.tgw-figures', { title: rest.filter(Boolean).join('\n'), textContent: quick.filter(Boolean).join(' · '), tabIndex: 0 });
