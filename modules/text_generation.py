@@ -97,7 +97,7 @@ def _log_result(last: Chunk, seconds: float, context_length: int, seed: int) -> 
         seconds,
         speed,
         last.completion_tokens,
-        last.prompt_tokens + last.completion_tokens,
+        min(last.prompt_tokens + last.completion_tokens, context_length),  # the last token of a full context is not computed
         context_length,
         seed,
         last.finish_reason or "cut off",

@@ -107,7 +107,7 @@ def test_names_of_files_in_options_become_paths(slot, engine, tmp_path, monkeypa
     elsewhere.touch()
     inside.touch()
     assert slot.choose("a.fake", "", {"vision": "eyes.gguf"}).options.vision == str(inside)
-    with pytest.raises(NotFound, match="no mmproj 'none.gguf'"):
+    with pytest.raises(NotFound, match=r"no mmproj 'none\.gguf'"):
         slot.choose("a.fake", "", {"vision": "none.gguf"})
     for name in (str(elsewhere), "../own.gguf"):  # from the page no paths
         with pytest.raises(NameError_):

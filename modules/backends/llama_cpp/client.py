@@ -117,7 +117,7 @@ class LlamaCppBackend:
             self._changed.notify_all()
         for each in {connection, loading} - {None}:
             assert each
-            each.close(EngineDied("The model was unloaded during this. Load it again on the Model tab and send again."))
+            each.close(EngineDied("The model was unloaded during this. Send again when a model is ready; the Model tab shows it."))
 
     @property
     def pid(self) -> int | None:
@@ -258,7 +258,9 @@ class LlamaCppBackend:
             loaded["threads_batch"],
             "any prefix can be shared" if loaded["cuts"] else "its cache cannot be cut back: only whole beginnings are shared",
         )
-        if not loaded["speculates"] and (self._draft or self._options.spec_type != "none"):
+        if loaded["speculates"]:
+            logger.info("%s: guesses ahead with %s", self.name, self._draft.name if self._draft else "what stands in the text")
+        elif self._draft or self._options.spec_type != "none":
             logger.warning("%s: its cache cannot be cut back, so nothing is guessed ahead.", self.name)
 
     def _reload_adapters(self, connection: Connection) -> None:

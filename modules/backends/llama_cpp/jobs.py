@@ -50,6 +50,8 @@ def adapters_key(adapters: Sequence[Sequence[Any]]) -> tuple[tuple[str, float], 
 def prepare(job: Job, frame: Frame, model: Model) -> None:
     """Read the prompt and make the samplers, on a thread that does not compute. Raises UserError for what cannot be done."""
     fields = frame.fields
+    if not model.has_adapters(job.key):
+        raise ModelError("An adapter of this request is not loaded any more. Send it again.")
     positions: Sequence[int] | None = None
     images: Sequence[Any] = ()
     if fields["images"]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
+import psutil
 
 from modules.backends.llama_cpp.chain import Chain, Vocabulary
 from modules.backends.llama_cpp.scheduler import Computed, Row
@@ -186,10 +187,18 @@ class Model:
         params.kv_unified = True
         params.swa_full = options["streaming_llm"]
         self._common(params, options)
+        self._check_size(params.n_ctx)
         context = lib.llama_init_from_model(self._model, params)
         if not context:
             raise ModelError(f"A context of {params.n_ctx} tokens could not be made: {explain_failure(NativeLog.lines, _SMALLER)}")
         return context
+
+    def _check_size(self, cells: int) -> None:
+        """Refuse what cannot fit at once: the library would first prepare so many cells for a minute. Raises ModelError."""
+        smallest = cells * int(lib.llama_model_n_layer(self._model)) * 64  # bytes; every cache needs more
+        total = psutil.virtual_memory().total
+        if smallest > total and not lib.llama_supports_gpu_offload():
+            raise ModelError(f"A context of {cells} tokens needs over {smallest >> 30} GiB, and this machine has {total >> 30}. {_SMALLER}")
 
     def _common(self, params: Any, options: Mapping[str, Any]) -> None:
         params.n_threads, params.n_threads_batch = self.threads.writing, self.threads.reading
@@ -408,6 +417,10 @@ class Model:
         if not adapter:
             raise ModelError(f"The adapter {Path(path).name} could not be loaded: {explain_adapter(NativeLog.lines)}")
         self._adapters[path] = adapter
+
+    def has_adapters(self, key: Hashable) -> bool:
+        """Whether all adapters of a cache key are loaded."""
+        return all(path in self._adapters for path, _ in (key or ()))  # type: ignore[attr-defined]
 
     def unload_adapter(self, path: str) -> None:
         """Free an adapter that nobody uses."""

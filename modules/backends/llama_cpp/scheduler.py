@@ -651,8 +651,9 @@ class Scheduler:
         self._make_room(writing)
         left = min(self._decoder.batch_size, self._decoder.outputs_size)
         rows = [(job, self._row(job, 1)) for job in [job for job in writing if job in self._running][:left]]
-        self._add_guesses(rows, left - len(rows))
-        rows += self._pieces([job for job in jobs if job in self._running and not job.writes], rows)
+        reading = [job for job in jobs if job in self._running and not job.writes]
+        self._add_guesses(rows, left - len(rows) - len(reading))  # each of these may come to its first choice
+        rows += self._pieces(reading, rows)
         end = 0
         for _, row in rows:
             row.first, end = end, end + len(row.tokens)
