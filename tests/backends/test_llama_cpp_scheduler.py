@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.backends.llama_cpp.cache import WORTH_RESTORING, Cache, common_prefix, whole_images
-from modules.backends.llama_cpp.scheduler import LOW, MAX_LOW, NORMAL, Computed, Job, Pace, Scheduler
+from modules.backends.llama_cpp.scheduler import LOW, MAX_LOW, NORMAL, Computed, Job, Pace, Scheduler, share_of
 from modules.errors import Busy, ModelError, NotANumber
 
 VOCABULARY = 50
@@ -511,6 +511,11 @@ def test_pace():
     assert pace.piece(0, 0.5, 4096) == 1000
     pace.saw(0, 1, 5.0)  # too small a piece tells nothing
     assert pace.piece(0, 0.5, 4096) == 1000
+
+
+def test_a_crowd_of_readers_gets_more_of_the_time():
+    assert share_of(0.6, 1, 4) == share_of(0.6, 4, 4) == share_of(0.6, 0, 0) == pytest.approx(0.6)
+    assert share_of(0.5, 7, 1) == pytest.approx(7 / 8)
 
 
 def test_probabilities_of_a_prompt_come_for_every_token():

@@ -275,6 +275,12 @@ class Pace:
         return max(SMALLEST_PIECE, min(most, int(step / self.per_token) - writing))
 
 
+def share_of(share: float, reading: int, writing: int) -> float:
+    """The share of the time that reading gets: `share`, and more where more people wait for their first word than are being written to."""
+    crowd = max(1.0, reading / max(1, writing))
+    return 1 - 1 / (1 + share / (1 - share) * crowd)
+
+
 def _average(old: float, new: float) -> float:
     return new if not old else 0.8 * old + 0.2 * new
 
@@ -708,7 +714,7 @@ class Scheduler:
         most = self._decoder.batch_size - taken
         self.cache.room(taken + min(most, sum(job.missing for job in ready)))
         most = min(most, self.cache.size - self.cache.used - taken)
-        budget = min(most, self._pace.piece(taken, self._share, most)) if most > 0 else 0
+        budget = min(most, self._pace.piece(taken, share_of(self._share, len(ready), len(rows)), most)) if most > 0 else 0
         outputs = self._decoder.outputs_size - sum(row.outputs for _, row in rows)
         wanted = {job.id: 0 for job in ready}
         orders = [(ready[:1], budget - budget // 2), (sorted(ready, key=lambda job: job.missing), budget)]
