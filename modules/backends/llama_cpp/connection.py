@@ -193,12 +193,6 @@ class Connection:
         """Queue a frame for the process; never blocks."""
         self._out.put(encode(frame))
 
-    @property
-    def waited_for(self) -> int:
-        """Calls that wait for an answer."""
-        with self._lock:
-            return len(self._calls)
-
     def forget(self, call: Call) -> None:
         """Drop what still comes for `call`."""
         with self._lock:
