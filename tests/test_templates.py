@@ -347,12 +347,12 @@ def name_of(source):
 
 @pytest.mark.parametrize("source", HOSTILE, ids=name_of)
 def test_a_hostile_template_is_refused_in_bounded_time(source, monkeypatch):
-    """Processor time is what is bounded: it does not depend on what else the machine does."""
+    """Processor time is what is bounded: it depends little on what else the machine does. (Unbounded, each takes minutes or for ever.)"""
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     begun = time.thread_time()
     with pytest.raises(TemplateError):
         render(source)
-    assert time.thread_time() - begun < 2.5
+    assert time.thread_time() - begun < 15
 
 
 def test_the_time_limit_is_a_second():
