@@ -561,7 +561,7 @@ def test_an_engine_from_load_to_end_of_file(dense, tmp_path, monkeypatch):
     assert vectors.fields["count"] == 2 and len(unpack_floats(vectors.raw)) == 128
     pipes.send(Frame("embed", 11, {"lengths": [5, 7], "text": [True, True]}, b"hellowater"))
     assert pipes.until("error").id == 11
-    while not (beat := pipes.until("heartbeat").fields)["stats"]["steps"]:
+    while not (beat := pipes.until("heartbeat").fields)["totals"]["steps"]:
         pass
     assert beat["beats"] > 0 and beat["busy"] is False and beat["stats"]["memory_bytes"] > 10**7 and beat["stats"]["cells"] == 512
     assert pipes.end() == [0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a start, after lives of the engine that brought nothing."""
 MAX_SCALE = 100
 """Of an adapter: far more than any makes sense with."""
-_TOTALS = [field.name for field in dataclasses.fields(EngineStats)][[f.name for f in dataclasses.fields(EngineStats)].index("prompt_tokens") :]
 
 
 def load(path: Path, options: LlamaCppOptions, progress: Progress, cancel: CancelToken) -> LlamaCppBackend:
@@ -187,9 +185,10 @@ class LlamaCppBackend:
         """See `Measured.stats`."""
         with self._changed:
             connection, former, restarts = self._connection, self._former, self._restarts
-        now = connection.health if connection else {}
+        totals = _added(former, connection.totals if connection else {})
         known = {"parallel": self._parallel, "cells": self.context_length, "max_queue": self._options.max_queue}
-        return EngineStats(**{**known, **(_state(now) if connection and connection.alive else {}), **_added(former, now), "restarts": restarts})
+        now = connection.health if connection and connection.alive else {}
+        return EngineStats(**{**known, **now, **totals, "restarts": restarts})
 
     # --- the engine's life --------------------------------------------------------------------------------------------------------------
 
@@ -276,7 +275,7 @@ class LlamaCppBackend:
         with self._changed:
             if connection is not self._connection or self._unloaded:
                 return  # known already, or nobody's business
-            self._former = _added(self._former, connection.health)
+            self._former = _added(self._former, connection.totals)
             self._connection = None
             self._restarts += 1
             self._trouble = None
@@ -362,17 +361,10 @@ def _without_advice(error: EngineDied) -> str:
     return str(error).split(". ", 1)[0] + "."
 
 
-def _state(health: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine does now, of the fields of its heartbeat."""
-    known = {field.name for field in dataclasses.fields(EngineStats)} - set(_TOTALS)
-    return {name: value for name, value in health.items() if name in known}
-
-
-def _added(former: Mapping[str, Any], health: Mapping[str, Any]) -> dict[str, Any]:
-    """The totals of all lives so far."""
-    totals = {name: former.get(name, 0) + health.get(name, 0) for name in _TOTALS if name not in ("finished", "restarts")}
-    before, now = former.get("finished", {}), health.get("finished", {})
-    return {**totals, "finished": {reason: before.get(reason, 0) + now.get(reason, 0) for reason in {**before, **now}}}
+def _added(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Totals of all lives so far; of "finished" each reason for itself."""
+    both = {name: (former.get(name), now.get(name)) for name in {**former, **now}}
+    return {name: _added(a or {}, b or {}) if isinstance(a or b, Mapping) else (a or 0) + (b or 0) for name, (a, b) in both.items()}
 
 
 def _check_size(raw: bytes) -> None:

@@ -147,7 +147,9 @@ class Connection:
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._said: collections.deque[str] = collections.deque(maxlen=50)
         self.health: Mapping[str, Any] = {}
-        """Fields of the last heartbeat."""
+        """What the engine does, as its last heartbeat says: fields of `EngineStats`."""
+        self.totals: Mapping[str, Any] = {}
+        """What it has done, likewise."""
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self._process = start_child(command, cwd=ROOT, env=environment(os.environ), **pipes)
@@ -241,7 +243,7 @@ class Connection:
 
     def _hand_out(self, frame: Frame) -> None:
         if frame.kind == "heartbeat":
-            self.health = frame.fields.get("stats", {})
+            self.health, self.totals = frame.fields["stats"], frame.fields.get("totals", {})
             if not frame.fields["busy"] or frame.fields["beats"] != self._beats:
                 self._progressed, self._beats = self._heard, frame.fields["beats"]
             return

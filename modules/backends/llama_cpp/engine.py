@@ -8,7 +8,6 @@ sends a heartbeat each second.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import queue
 import signal
@@ -270,8 +269,6 @@ class Engine:
         waiting, running = scheduler.load
         cache, totals = scheduler.cache, scheduler.totals
         stats = {
-            **{name: value for name, value in dataclasses.asdict(totals).items() if name != "finished"},
-            "finished": dict(totals.finished),
             "busy_sequences": running,
             "parallel": scheduler.parallel,
             "waiting": waiting + len(self._preparing),
@@ -283,12 +280,16 @@ class Engine:
             "spilled_bytes": cache.spilled_bytes,
             "memory_bytes": memory_in_use(),
             "threads": model.threads.last,
+        }
+        counted = {
+            **vars(totals),
+            "finished": dict(totals.finished),
             "cache_hits_cells": cache.hits_cells,
             "cache_hits_memory": cache.hits_memory,
             "cache_misses": cache.misses,
             "evictions": cache.evictions,
         }
-        return {"beats": totals.steps + model.nodes, "busy": not scheduler.idle, "stats": stats}
+        return {"beats": totals.steps + model.nodes, "busy": not scheduler.idle, "stats": stats, "totals": counted}
 
 
 class Outlet:

@@ -14,7 +14,7 @@ prefill  the same                                   text      raw: text
 cancel   (id of the request)                        done
 embed    {lengths, text} raw: texts or ids joined   pong
 encode   {add_bos} raw: text                        error     {kind, message, retry_after}
-decode   raw: ids                                   heartbeat {beats, busy, stats}   (id 0, once a second)
+decode   raw: ids                                   heartbeat {beats, busy, stats, totals}   (id 0, once a second)
 adapter  {path, load}
 ping
 shutdown
