@@ -16,7 +16,8 @@ class Terminal(io.StringIO):
 def former_handlers():
     kept = log.logger.handlers[:], log.logger.level, log.logger.propagate
     yield
-    log.logger.handlers[:], log.logger.level, log.logger.propagate = kept
+    log.logger.handlers[:], log.logger.propagate = kept[0], kept[2]
+    log.logger.setLevel(kept[1])  # forgets too which levels were found enabled
 
 
 def test_plain_text_where_the_stream_is_no_terminal():

@@ -28,7 +28,8 @@ def said():
     stream = io.StringIO()
     log.setup(stream=stream)
     yield stream
-    log.logger.handlers[:], log.logger.level, log.logger.propagate = kept
+    log.logger.handlers[:], log.logger.propagate = kept[0], kept[2]
+    log.logger.setLevel(kept[1])  # forgets too which levels were found enabled
 
 
 def test_raw_text_comes_through_and_the_end_is_logged(app, said):
