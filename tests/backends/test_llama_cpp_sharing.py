@@ -608,7 +608,7 @@ def test_embeddings_do_not_stop_a_stream(dense):
 def test_embeddings_can_be_cancelled(starter):
     token = CancelToken()
     task = Task(starter.embed, [f"Text {n}. " * 50 for n in range(400)], token)
-    wait_for(lambda: starter._connection.waited_for)
+    wait_for(lambda: starter._connection._calls)
     token.cancel()
     assert task.result(10).vectors == () and task.ended_at - task.started_at < 10
     assert len(starter.embed(["short"], CancelToken()).vectors) == 1

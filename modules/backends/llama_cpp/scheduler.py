@@ -479,9 +479,11 @@ class Scheduler:
         if any(job.priority == NORMAL for job in [*self._waiting, *self._running]):
             for low in [job for job in self._running if job.priority == LOW]:
                 self._give_way(low)
-        while job := self._next():
-            if not self._start(job):
-                return
+        before = len(self._running)
+        while (job := self._next()) and self._start(job):
+            pass
+        if len(self._running) > before:
+            self.cache.clear_the_way()  # after all have taken what they share
 
     def _next(self) -> Job | None:
         if len(self._running) >= self.parallel:
