@@ -49,7 +49,7 @@ class FakeBackend:
         prompt, said = len(request.prompt), 0
         try:
             for said, text in enumerate(self.script, 1):
-                assert self.gate.acquire(timeout=WAIT), "the test never opened the gate"
+                assert self.gate.acquire(timeout=6 * WAIT), "the test never opened the gate"
                 if self.unloaded:
                     raise EngineDied("The model was unloaded. Load it and send again.")
                 if request.cancel.cancelled:
