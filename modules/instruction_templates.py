@@ -19,7 +19,7 @@ import yaml
 
 from modules.errors import DataError, NameError_, NotFound, TemplateError
 from modules.paths import inside, safe_name, write_atomically
-from modules.templates import MAX_SOURCE, ChatTemplate, PromptMessage
+from modules.templates import FALLBACK, MAX_SOURCE, ChatTemplate, PromptMessage
 
 MAX_BYTES = 4 * MAX_SOURCE
 """Size of a template file: the largest template there may be, in UTF-8."""
@@ -55,16 +55,6 @@ Below is an instruction that describes a task. Write a response that appropriate
 {% endfor %}
 {% if add_generation_prompt %}
 ### Response:
-{% endif %}
-"""
-
-_CHATML = """\
-{% for message in messages %}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
 {% endif %}
 """
 
@@ -254,7 +244,7 @@ _ZEPHYR = """\
 
 SHIPPED: Mapping[str, str] = MappingProxyType({
     "Alpaca": _ALPACA,
-    "ChatML": _CHATML,
+    "ChatML": FALLBACK.source,
     "Command-R": _COMMAND_R,
     "DeepSeek": _DEEPSEEK,
     "Gemma": _GEMMA,

@@ -357,6 +357,15 @@ def test_nothing_is_dropped_from_main_memory_to_clear_the_way():
     world.check_end()
 
 
+def test_a_first_chat_too_large_for_main_memory_stays_in_cells():
+    world = World(cells=400, parallel=1, numbers=8, spill=60, kept=0)
+    for n in range(2):
+        world.arrive([(n * 13 + i) % VOCABULARY for i in range(80)], limit=1)
+        world.run()
+    assert world.cache.idle == 2 and not world.cache.evictions
+    world.check_end()
+
+
 def test_without_room_in_main_memory_they_are_computed_anew():
     world = World(cells=100, parallel=1, numbers=4, spill=0)
     for n in (0, 1, 0):

@@ -284,7 +284,10 @@ class Cache:
             oldest = next(iter(self._idle.values()))
             if self.spilled_bytes + oldest.length * self._bytes_per_token >= self.spill_bytes:
                 return
-            self._evict(oldest)
+            if not self._spill(oldest, push=False):
+                return
+            self.evictions += 1
+            self._drop_idle(oldest)
 
     # --- growing and shrinking ------------------------------------------------------------------------------------------------------
 
@@ -386,14 +389,15 @@ class Cache:
         self._spill(sequence)
         self._drop_idle(sequence)
 
-    def _spill(self, sequence: Held) -> None:
+    def _spill(self, sequence: Held, push: bool = True) -> bool:
+        """Whether a copy of it stands in main memory now. `push`: older ones may go for it."""
         if not self.spill_bytes:
-            return
+            return False
         state = self._memory.save(sequence.id)
         size = len(state)
         self._bytes_per_token = size / max(1, sequence.length)
-        if size > self.spill_bytes:
-            return
+        if size + (0 if push else self.spilled_bytes) > self.spill_bytes:
+            return False
         for name, other in list(self._spilled.items()):
             if self._memory.cuts and other.key == sequence.key and common_prefix(other.tokens, sequence.tokens) == len(other.tokens):
                 del self._spilled[name]
@@ -401,6 +405,7 @@ class Cache:
             self._spilled.popitem(last=False)
         self._spills += 1
         self._spilled[self._spills] = Spilled(sequence.key, sequence.tokens.copy(), sequence.positions.copy(), state, size)
+        return True
 
     def _restore(self, name: int, length: int) -> Held | None:
         spilled = self._spilled.pop(name)  # not to be pushed out by what makes room for it
