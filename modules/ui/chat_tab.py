@@ -1,4 +1,4 @@
-"""The Chat tab: one empty place. The list, the messages and the composer in it are `assets/chat.js`."""
+"""The Chat tab: one empty place. The list, the messages and the composer in it are made by `assets/main.js`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     page = build_page(app, session_values)
     gr.mount_gradio_app(server, page, path="/", **appearance(), ssr_mode=False, run_history=False, …)
 
-The server serves the files of ASSETS as `assets/<name>`, before Gradio's own `assets/`.
+The server serves the files of ASSETS as `assets/<fingerprint>/<name>`, before Gradio's own `assets/`.
 """
 
 from __future__ import annotations
@@ -63,17 +63,19 @@ def build_page(app: App, session_values: Callable[[gr.Request], Mapping[str, Any
 
 def appearance() -> dict[str, Any]:
     """Theme, script and stylesheet, and no footer, as keyword arguments of `gr.mount_gradio_app`."""
-    script, style = (f"assets/{name}?{_fingerprint(name)}" for name in ("chat.js", "style.css"))
+    base = f"assets/{_fingerprint()}"
     return {
         "theme": Theme(),
         "footer_links": [],
-        "head": f'<link rel="stylesheet" href="{style}"><script src="{script}"></script><meta name="color-scheme" content="light dark">',
+        "head": f'<link rel="stylesheet" href="{base}/style.css"><script type="module" src="{base}/main.js"></script>'
+        '<meta name="color-scheme" content="light dark">',
     }
 
 
-def _fingerprint(name: str) -> str:
-    """Changes with the file, so that browsers may keep it for good."""
-    return hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()[:12]
+def _fingerprint() -> str:
+    """Part of every asset's address. Changes with any of them, so that browsers may keep them for good and never mix two versions."""
+    files = sorted(path for path in ASSETS.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 _TEAL = gr.themes.Color(

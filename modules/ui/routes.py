@@ -56,13 +56,15 @@ def build_router(app: App, auth: Auth) -> APIRouter:
 
 
 def _add_assets(router: APIRouter) -> None:
-    """Our files, each by name: Gradio's own `assets/` stand behind them."""
+    """Our files, each by name, in a folder whose name changes with them: scripts find each other beside themselves."""
 
     def serve(path: Path) -> Callable[[], FileResponse]:
-        return lambda: FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})  # the page names them with a hash
+        return lambda: FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
-    for path in ASSETS.iterdir():
-        router.add_api_route(f"/assets/{path.name}", serve(path), methods=["GET", "HEAD"])
+    for path in ASSETS.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(ASSETS).as_posix()
+            router.add_api_route(f"/assets/{{fingerprint}}/{name}", serve(path), methods=["GET", "HEAD"])
 
 
 def _add_conversations(router: APIRouter, app: App, who: Callable[..., Identity], writer: Callable[..., Identity]) -> None:

@@ -1,0 +1,157 @@
+// What every part of the page uses: elements, requests, messages to the person, the place that holds it all.
+
+export const ROOT = new URL('.', document.baseURI);
+export const TITLE = document.title || 'Text Generation Web UI';
+export const PHONE = matchMedia('(max-width: 760px)');
+export const TOUCH = matchMedia('(hover: none) and (pointer: coarse)');
+export const number = new Intl.NumberFormat('en-US');
+
+export const ICONS = {
+  plus: 'M12 5v14M5 12h14', search: 'M11 4a7 7 0 1 0 0 14 7 7 0 0 0 0-14M20 20l-4-4', side: 'M4 5h16v14H4zM9.5 5v14',
+  pen: 'M4 20h4L19 9l-4-4L4 16zM13 7l4 4', bin: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13', yes: 'M5 13l4 4L19 7', no: 'M6 6l12 12M18 6L6 18',
+  copy: 'M9 9h11v11H9zM5 15H4V4h11v1', redo: 'M20 11a8 8 0 1 0-2.3 5.7M20 5v6h-6', on: 'M5 12h13M13 6l6 6-6 6', left: 'M14 6l-6 6 6 6',
+  right: 'M10 6l6 6-6 6', send: 'M12 19V5M6 11l6-6 6 6', stop: 'M7 7h10v10H7z', down: 'M12 5v14M6 13l6 6 6-6', chat: 'M5 5h14v11H11l-5 4v-4H5z',
+  sun: 'M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.4 1.4M17.6 17.6L19 19M19 5l-1.4 1.4M6.4 17.6L5 19',
+  moon: 'M20 14.5A8.5 8.5 0 0 1 9.5 4 8.5 8.5 0 1 0 20 14.5z', warn: 'M12 4l9 16H3zM12 10v4M12 17v.5',
+};
+
+// --- texts ---------------------------------------------------------------------------------------------------------------------------
+
+let words = {};
+
+/** `text` in the language of the page. English is the key; {name} in it is replaced by values.name. */
+export function t(text, values) {
+  const found = words[text] || text;
+  return values ? found.replace(/\{(\w+)\}/g, (_, name) => values[name]) : found;
+}
+
+/** Read the texts of a language; before anything is built. A language without texts is English. */
+export async function speak(language) {
+  if (language === 'en') return;
+  const answer = await fetch(new URL(`texts/${language}.json`, import.meta.url)).catch(() => null);
+  words = answer?.ok ? await answer.json() : {};
+  if (answer?.ok) document.documentElement.lang = language;
+}
+
+// --- elements ------------------------------------------------------------------------------------------------------------------------
+
+export function icon(name) {
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+  svg.setAttribute('viewBox', '0 0 24 24');
+  svg.setAttribute('aria-hidden', 'true');
+  const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
+  path.setAttribute('d', ICONS[name]);
+  svg.append(path);
+  return svg;
+}
+
+/** An element: el('button.primary', {onclick, 'aria-label': …}, child, 'text', …). Properties that the element has are set, the rest are attributes. */
+export function el(spec, properties = {}, ...children) {
+  const [tag, ...classes] = spec.split('.');
+  const made = document.createElement(tag);
+  made.className = classes.join(' ');
+  for (const [key, value] of Object.entries(properties)) {
+    if (key in made) made[key] = value; else made.setAttribute(key, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+export function button(name, label, onclick, spec = 'button.tgw-icon') {
+  return el(spec, { type: 'button', title: label, 'aria-label': label, onclick }, icon(name));
+}
+
+/** Calls `action` when `target` comes near the visible part of `root`. The answer's again() asks anew: a target that stays near does not report. */
+export function near(target, root, rootMargin, action) {
+  const observer = new IntersectionObserver(([seen]) => { if (seen.isIntersecting) action(); }, { root, rootMargin });
+  observer.observe(target);
+  return { again() { observer.unobserve(target); observer.observe(target); } };
+}
+
+export function later(milliseconds, action) {
+  let timer = 0;
+  const run = () => { clearTimeout(timer); timer = setTimeout(action, milliseconds); };
+  run.cancel = () => clearTimeout(timer);
+  return run;
+}
+
+export class ServerError extends Error {
+  constructor(message, code = '', status = 0) { super(message); this.code = code; this.status = status; }
+}
+
+export async function api(method, path, body, signal) {
+  const options = { method, signal, credentials: 'same-origin' };
+  if (method !== 'GET') {
+    options.headers = { 'Content-Type': 'application/json', 'X-TGW': '1' };
+    options.body = JSON.stringify(body ?? {});
+  }
+  let response;
+  try {
+    response = await fetch(new URL(path, ROOT), options);
+  } catch {
+    throw new ServerError('The server cannot be reached. Nothing is lost: try again when it is back.', 'Offline');
+  }
+  if (response.status === 401) {
+    location.assign(new URL('login', ROOT));
+    return new Promise(() => {});  // the page is going away
+  }
+  const data = await response.json().catch(() => ({}));
+  if (response.ok) return data;
+  throw new ServerError(data.error?.message || `The server answered with status ${response.status}.`, data.error?.code, response.status);
+}
+
+/** localStorage that may be full or forbidden: then nothing is remembered, and nothing fails. */
+export const memory = {
+  get(key) { try { return localStorage.getItem(key); } catch { return null; } },
+  set(key, value) {
+    try { if (value) localStorage.setItem(key, value); else localStorage.removeItem(key); return true; } catch { return false; }
+  },
+};
+
+export const toasts = el('div.tgw-toasts', { role: 'alert' });  // over the composer
+export const floating = el('div.tgw-toasts.tgw-floating', { role: 'alert' });  // where the Chat tab is not shown
+
+export function toast(message, kind = 'error') {
+  const shown = el(`div.tgw-toast.${kind}`, {}, icon(kind === 'error' ? 'warn' : 'yes'), el('span', { textContent: message }));
+  shown.append(button('no', 'Dismiss', () => shown.remove()));
+  const place = root.offsetParent ? toasts : floating;
+  while (place.children.length > 2) place.firstChild.remove();
+  place.append(shown);
+  setTimeout(() => shown.remove(), kind === 'error' ? 12000 : 3000);
+}
+
+/** Run `action`; what the server says against it is shown. Answers undefined then. */
+export async function attempt(action) {
+  try { return await action(); } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    toast(error.message);
+  }
+}
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {  // no clipboard API on plain http
+    const area = el('textarea', { value: text, readOnly: true });
+    area.style.cssText = 'position:fixed;opacity:0';
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+  }
+}
+
+export async function copyFrom(control, text) {
+  await copy(text);
+  control.classList.add('copied');
+  setTimeout(() => control.classList.remove('copied'), 1400);
+}
+
+export function bytes(count) { return count > 1e9 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${Math.round(count / 2 ** 20)} MiB`; }
+
+export function write(element, text) { if (element.textContent !== text) element.textContent = text; }
+
+export function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }
+
+/** The Chat tab's contents. */
+export const root = el('div.tgw');

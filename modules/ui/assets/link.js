@@ -1,0 +1,67 @@
+// Events from the server.
+import { ROOT, el, api } from './core.js';
+import { chat } from './chat.js';
+import { sidebar } from './sidebar.js';
+import { ahead } from './composer.js';
+import { model } from './model.js';
+
+export const link = {
+  delay: 250, heard: 0, greeted: false, failures: 0,
+
+  build() {
+    this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: 'Reconnecting… What you type is kept.' });
+    addEventListener('online', () => this.hurry());
+    document.addEventListener('visibilitychange', () => { if (!document.hidden) { this.hurry(); ahead.soon(); } });
+    setInterval(() => { if (this.socket?.readyState === 1 && Date.now() - this.heard > 40000) this.socket.close(); }, 5000);
+    return this.banner;
+  },
+
+  connect() {
+    clearTimeout(this.timer);
+    const address = new URL('chat/events', ROOT);
+    address.protocol = address.protocol.replace('http', 'ws');
+    const socket = new WebSocket(address);
+    this.socket = socket;
+    socket.onopen = () => { this.heard = Date.now(); this.delay = 250; this.up(); this.follow(); };
+    socket.onmessage = (message) => { this.heard = Date.now(); this.receive(JSON.parse(message.data)); };
+    socket.onclose = () => { if (this.socket === socket) this.lost(); };
+  },
+
+  up() { clearTimeout(this.warning); this.banner.hidden = true; this.failures = 0; },
+
+  lost() {
+    this.socket = null;
+    if (!this.failures) this.warning = setTimeout(() => { this.banner.hidden = false; }, 1000);
+    this.failures += 1;
+    // A refused socket does not say why; an ordinary request does, and leads to the login if that is missing.
+    if (this.failures === 3) api('GET', 'chat/session').catch(() => {});
+    this.timer = setTimeout(() => this.connect(), this.delay * (0.75 + Math.random() / 2));
+    this.delay = Math.min(this.delay * 2, 5000);
+  },
+
+  hurry() { if (!this.socket) { this.delay = 250; this.connect(); } },
+
+  /** Tell the server what is shown and up to which event. */
+  follow() {
+    if (this.socket?.readyState !== 1) return;
+    const reply = chat.running;
+    const replies = reply ? { [reply.data.id]: reply.seen } : {};
+    this.socket.send(JSON.stringify({ type: 'follow', conversation: chat.id, replies }));
+  },
+
+  receive(event) {
+    const here = event.conversation === chat.id;
+    if (event.reply) chat.received(event);
+    else if (event.type === 'hello') this.hello();
+    else if (event.type === 'model') { model.show(event.status); ahead.fresh(event.status); }
+    else if (event.type === 'conversations') { event.changed?.forEach((item) => sidebar.changed(item)); event.deleted?.forEach((id) => sidebar.gone(id)); }
+    else if (event.type === 'started' && here) chat.began(event.messages);
+    else if (event.type === 'changed' && here) chat.reload();
+  },
+
+  /** After a break in the connection, events may be missing: everything shown is read again. */
+  hello() {
+    if (this.greeted) { ahead.told = ''; sidebar.load(); chat.reload(); }
+    this.greeted = true;
+  },
+};
