@@ -42,6 +42,7 @@ class Settings(Options):
     extensions: tuple[str, ...] = knob((), "Extensions to load, in this order.", group=BASIC, metavar="NAME", later=True)
     verbose: bool = knob(False, "Print prompts and parameters to the terminal.", group=BASIC)
     idle_timeout: int = knob(0, "Unload the model after so many minutes without use. 0 is never.", bounds=(0, None), group=BASIC, metavar="MINUTES")
+    load_last_model: bool = knob(False, "Load the model that was used last at start, unless --model names one.", group=BASIC)
     no_prefill_ahead: bool = knob(False, "Do not compute the prompt while it is typed.", group=BASIC)
 
     listen: bool = knob(False, "Answer other machines too. Needs a login.", group=UI)
@@ -73,13 +74,49 @@ class Settings(Options):
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
-class ChatOptions(Options):
-    """What shapes a chat's prompt, besides the sampling parameters. Kept for each browser, with the page's settings as defaults."""
+MODE, WORDS, WHO, FULL = "Mode", "Instructions", "Who speaks", "Context"
 
-    custom_system_message: str = knob("", "What the model is told before the conversation.", group="Chat", flag=False, multiline=True)
-    enable_thinking: bool = knob(True, "Let models that can think do so before they answer.", group="Chat")
-    reasoning_effort: Literal["low", "medium", "high"] = knob("medium", "How long such a model should think.", group="Chat")
-    start_with: str = knob("", "Every reply begins with this text.", group="Chat", flag=False)
+
+class ChatOptions(Options):
+    """What shapes a chat's prompt, besides the sampling parameters. Each conversation keeps its own; a new one begins with this browser's."""
+
+    mode: Literal["instruct", "chat-instruct", "chat"] = knob(
+        "instruct",
+        "instruct: the model as an assistant. chat: a character speaks. chat-instruct: the assistant is asked to speak as the character.",
+        group=MODE,
+    )
+    preset: str = knob("", "The preset that was chosen last.", group=MODE, flag=False)
+    instruction_template: str = knob("", "Chat template to use instead of the model's own.", group=MODE, flag=False)
+    custom_system_message: str = knob("", "What the model is told before the conversation.", group=WORDS, flag=False, multiline=True)
+    enable_thinking: bool = knob(True, "Let models that can think do so before they answer.", group=WORDS)
+    reasoning_effort: Literal["low", "medium", "high"] = knob("medium", "How long such a model should think.", group=WORDS)
+    preserve_thinking: bool = knob(False, "Show the model its earlier thinking too.", group=WORDS)
+    start_with: str = knob("", "Every reply begins with this text.", group=WORDS, flag=False)
+    character: str = knob("", "The character that was chosen last.", group=WHO, flag=False)
+    name1: str = knob("You", "Your name.", group=WHO, flag=False)
+    user_bio: str = knob("", "What the character knows about you.", group=WHO, flag=False, multiline=True)
+    name2: str = knob("AI", "The character's name.", group=WHO, flag=False)
+    context: str = knob("", "Who the character is; {{char}} and {{user}} stand for the names.", group=WHO, flag=False, multiline=True)
+    greeting: str = knob("", "The character's first message.", group=WHO, flag=False, multiline=True)
+    chat_instruct_command: str = knob(
+        "This is a conversation between several people. Write what <|character|> says next, and nothing else.\n\n<|prompt|>",
+        "What the assistant is asked in chat-instruct mode: <|character|> is the character's name, <|prompt|> the conversation.",
+        group=WHO,
+        flag=False,
+        multiline=True,
+    )
+    context_full: Literal["drop", "summarise", "stop"] = knob(
+        "drop", "When a chat outgrows the context: leave out the oldest messages, let the model summarise them, or say so and stop.", group=FULL
+    )
+
+
+class PageOptions(Options):
+    """How the page looks and behaves in one browser."""
+
+    chat_style: str = knob("modern", "Look of the conversation: a shipped style, or one of your own from the css folder.", group=UI, flag=False)
+    language: Literal["auto", "en", "ru"] = knob("auto", "Language of the page; auto is the browser's. Takes effect when it is loaded again.", group=UI)
+    title_by_model: bool = knob(False, "Let the model name a new conversation after its first reply.", group=UI)
+    sound: bool = knob(True, "Play the notification file of the user data when a reply ends while the page is in the background.", group=UI)
 
 
 @dataclass(frozen=True)
@@ -119,7 +156,7 @@ def load(argv: Sequence[str], flags_texts: Sequence[Text], yaml_texts: Sequence[
     stored: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for text in yaml_texts:
-        known, unknown = _split_known(parse_yaml(text), classes, text.source, warnings)
+        known, unknown = _split_known(_renamed(parse_yaml(text)), classes, text.source, warnings)
         _check(known, classes, text.source)
         stored.update(known)
     given: dict[str, Any] = {}
@@ -152,6 +189,11 @@ def _declared(name: str, classes: Sequence[type[Options]]) -> Any:
 
 def _names(classes: Iterable[type[Options]]) -> set[str]:
     return {name for cls in classes for name in cls.model_fields}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A name with a hyphen that the earlier system wrote."""
+    return {{"chat-instruct_command": "chat_instruct_command"}.get(name, name): value for name, value in values.items()}
 
 
 def _split_known(

@@ -64,10 +64,11 @@ def build_page(app: App, session_values: Callable[[gr.Request], Mapping[str, Any
 def appearance() -> dict[str, Any]:
     """Theme, script and stylesheet, and no footer, as keyword arguments of `gr.mount_gradio_app`."""
     base = f"assets/{_fingerprint()}"
+    styles = "".join(f'<link rel="stylesheet" href="{base}/{name}.css">' for name in ("style", "list", "messages", "composer"))
     return {
         "theme": Theme(),
         "footer_links": [],
-        "head": f'<link rel="stylesheet" href="{base}/style.css"><script type="module" src="{base}/main.js"></script>'
+        "head": f'{styles}<script type="module" src="{base}/main.js"></script>'
         '<meta name="color-scheme" content="light dark">',
     }
 

@@ -89,7 +89,7 @@ export async function api(method, path, body, signal) {
   try {
     response = await fetch(new URL(path, ROOT), options);
   } catch {
-    throw new ServerError('The server cannot be reached. Nothing is lost: try again when it is back.', 'Offline');
+    throw new ServerError(t('The server cannot be reached. Nothing is lost: try again when it is back.'), 'Offline');
   }
   if (response.status === 401) {
     location.assign(new URL('login', ROOT));
@@ -97,7 +97,7 @@ export async function api(method, path, body, signal) {
   }
   const data = await response.json().catch(() => ({}));
   if (response.ok) return data;
-  throw new ServerError(data.error?.message || `The server answered with status ${response.status}.`, data.error?.code, response.status);
+  throw new ServerError(data.error?.message || t('The server answered with status {status}.', { status: response.status }), data.error?.code, response.status);
 }
 
 /** localStorage that may be full or forbidden: then nothing is remembered, and nothing fails. */
@@ -111,13 +111,55 @@ export const memory = {
 export const toasts = el('div.tgw-toasts', { role: 'alert' });  // over the composer
 export const floating = el('div.tgw-toasts.tgw-floating', { role: 'alert' });  // where the Chat tab is not shown
 
-export function toast(message, kind = 'error') {
+/** Tell something for a while. `action` {label, run} adds a button, as for Undo. */
+export function toast(message, kind = 'error', action = null) {
   const shown = el(`div.tgw-toast.${kind}`, {}, icon(kind === 'error' ? 'warn' : 'yes'), el('span', { textContent: message }));
-  shown.append(button('no', 'Dismiss', () => shown.remove()));
+  if (action) shown.append(el('button.tgw-button', { type: 'button', textContent: action.label, onclick: () => { shown.remove(); action.run(); } }));
+  shown.append(button('no', t('Dismiss'), () => shown.remove()));
   const place = root.offsetParent ? toasts : floating;
   while (place.children.length > 2) place.firstChild.remove();
   place.append(shown);
-  setTimeout(() => shown.remove(), kind === 'error' ? 12000 : 3000);
+  setTimeout(() => shown.remove(), kind === 'error' || action ? 12000 : 3000);
+}
+
+/** A modal dialog with a heading; Esc, the cross and a click beside it close it. Answers {el, body, close}; focus returns to where it was. */
+export function dialog(title, ...content) {
+  const before = document.activeElement;
+  const body = el('div.tgw-dialog-body', {}, ...content);
+  const close = () => shown.close();
+  const heading = el('h2', { textContent: title });
+  const shown = el('dialog.tgw-dialog', { 'aria-label': title }, el('header', {}, heading, button('no', t('Close'), close)), body);
+  shown.addEventListener('click', (e) => { if (e.target === shown) close(); });
+  shown.addEventListener('keydown', (e) => e.stopPropagation());  // the page's own keys rest meanwhile
+  shown.addEventListener('close', () => { shown.remove(); before?.focus?.({ preventScroll: true }); });
+  document.body.append(shown);
+  shown.showModal();
+  return { el: shown, body, close };
+}
+
+/** A menu below `anchor`: items are [label, action, icon name or null]; arrows move, Enter chooses, Esc closes. */
+export function menu(anchor, items) {
+  const close = () => { shown.remove(); removeEventListener('pointerdown', outside, true); anchor.setAttribute('aria-expanded', 'false'); };
+  const outside = (e) => { if (!shown.contains(e.target)) close(); };
+  const made = items.filter(Boolean).map(([label, action, name]) => el('button', {
+    type: 'button', role: 'menuitem', onclick: () => { close(); anchor.focus(); action(); },
+  }, name ? icon(name) : el('i'), el('span', { textContent: label })));
+  const shown = el('div.tgw-menu', { role: 'menu' }, ...made);
+  shown.onkeydown = (e) => {
+    e.stopPropagation();
+    const step = { ArrowDown: 1, ArrowUp: -1 }[e.key];
+    const at = made.indexOf(document.activeElement);
+    if (step) { e.preventDefault(); made.at((at + step) % made.length).focus(); }
+    if (e.key === 'Escape' || e.key === 'Tab') { e.preventDefault(); close(); anchor.focus(); }
+  };
+  document.body.append(shown);
+  const at = anchor.getBoundingClientRect();
+  shown.style.left = `${Math.max(8, Math.min(at.left, innerWidth - shown.offsetWidth - 8))}px`;
+  shown.style.top = `${at.bottom + shown.offsetHeight + 4 > innerHeight ? Math.max(8, at.top - shown.offsetHeight - 4) : at.bottom + 4}px`;
+  anchor.setAttribute('aria-haspopup', 'menu');
+  anchor.setAttribute('aria-expanded', 'true');
+  addEventListener('pointerdown', outside, true);
+  made[0]?.focus();
 }
 
 /** Run `action`; what the server says against it is shown. Answers undefined then. */
