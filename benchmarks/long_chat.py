@@ -158,8 +158,7 @@ def ask(bench: Bench, page: Any, word: str) -> float:
 
 def ended(bench: Bench, conversation: str) -> None:
     """Wait for the reply's end."""
-    reply = bench.app.replies.running(conversation)
-    if reply:
+    for reply in bench.app.replies.running(conversation):
         reply.finished.wait(30)
 
 

@@ -53,6 +53,13 @@ class Conversation:
     title: str = ""
     messages: Mapping[str, Message] = field(default_factory=_empty)
     tip: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=_empty)
+    """JSON values: parameters and chat options of its own."""
+    folder: str = ""
+    """"" for none."""
+    tags: tuple[str, ...] = ()
+    pinned: bool = False
+    """Stands at the top of the list."""
 
     def add(self, role: Role, text: str, parent: str | None = None, **fields: Any) -> tuple[Conversation, Message]:
         """The conversation with a new message under `parent` (default: the tip), which becomes the tip; and the message."""

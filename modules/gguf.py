@@ -22,6 +22,7 @@ MAX_TENSORS = 100_000
 MAX_STRINGS = 4_000_000  # in all arrays together; the largest vocabularies with merges have under a million
 MAX_STRING = 4 << 20  # of a value that is kept: chat templates are the longest
 MAX_KEY = 65_535
+MAX_PARTS = 1000
 _BLOCK = 1 << 20
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -291,6 +292,22 @@ def is_first_part(path: Path) -> bool:
     """False for the second and later files of a split model. Judges by the name."""
     match = _PART.match(path.name)
     return match is None or int(match["number"]) == 1
+
+
+def part_files(path: Path) -> list[Path]:
+    """All files of the model that `path` is, or is the first part of, or that lies alone in the folder `path`. Judges by the names.
+
+    Raises OSError for a folder of which that cannot be said.
+    """
+    try:
+        file = model_file(path)
+    except ModelError as error:
+        raise OSError(str(error)) from None
+    match = _PART.match(file.name)
+    if match is None:
+        return [file]
+    count = min(int(match["count"]), MAX_PARTS)
+    return [file.with_name(f"{match['stem']}-{part:05d}-of-{match['count']}.gguf") for part in range(1, count + 1)]
 
 
 def check_parts(header: Header) -> None:

@@ -112,6 +112,12 @@ def require_json(request: HasHeaders) -> None:
         raise AccessDenied("Send JSON with the headers 'Content-Type: application/json' and 'X-TGW: 1'.")
 
 
+def require_own_page(request: HasHeaders) -> None:
+    """For an upload: raises AccessDenied without `X-TGW: 1`, which no foreign form can send."""
+    if request.headers.get("x-tgw") != "1":
+        raise AccessDenied("Send the file with the header 'X-TGW: 1'.")
+
+
 # Gradio's page keeps no promise of a content security policy. What it needs, found by trying 6.31 in Chromium:
 # 'unsafe-eval' because gr.HTML and js= compile their templates in the browser; inline styles because Svelte writes them;
 # its inline scripts are named by their hashes, so that an inline script or handler that got into the page later does not run.

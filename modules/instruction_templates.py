@@ -32,7 +32,8 @@ _SUFFIXES = (*_JINJA, *_YAML)
 # --- what comes with the program --------------------------------------------------------------------------------------------------------
 #
 # Blocks are trimmed (see templates.py): a line with nothing but `{% ... %}` leaves nothing in the prompt, `-` eats the line break next to it.
-# The end of a turn is the model's own token where the format says "the end-of-sequence token", else it is written out.
+# The end of a turn is the model's own token where the format says "the end-of-sequence token", else it is written out. Texts are trimmed
+# where the models' own templates do that.
 
 _ALPACA = """\
 {% if messages[0].role != 'system' %}
@@ -62,7 +63,7 @@ _COMMAND_R = """\
 {% set names = {'system': '<|SYSTEM_TOKEN|>', 'user': '<|USER_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'} %}
 {{ bos_token -}}
 {% for message in messages %}
-<|START_OF_TURN_TOKEN|>{{ names[message.role] }}{{ message.content }}<|END_OF_TURN_TOKEN|>
+<|START_OF_TURN_TOKEN|>{{ names[message.role] }}{{ message.content | trim }}<|END_OF_TURN_TOKEN|>
 {%- endfor %}
 {% if add_generation_prompt %}
 <|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>
@@ -93,7 +94,7 @@ _GEMMA = """\
 {{ raise_exception('Gemma has no system turn') }}
 {% endif %}
 <start_of_turn>{{ 'model' if message.role == 'assistant' else 'user' }}
-{{ message.content }}<end_of_turn>
+{{ message.content | trim }}<end_of_turn>
 {% endfor %}
 {% if add_generation_prompt %}
 <start_of_turn>model
@@ -112,7 +113,9 @@ Reasoning: {{ reasoning_effort or 'medium' }}
 {% if message.role == 'system' %}
 <|start|>developer<|message|># Instructions
 
-{{ message.content }}<|end|>
+{{ message.content }}
+
+<|end|>
 {%- elif message.role == 'user' %}
 <|start|>user<|message|>{{ message.content }}<|end|>
 {%- else %}
@@ -134,10 +137,10 @@ _LLAMA_2 = """\
 {% if message.role == 'system' and loop.first %}
 {% set state.system = '<<SYS>>\\n' ~ message.content ~ '\\n<</SYS>>\\n\\n' %}
 {% elif message.role == 'user' %}
-{{ bos_token }}[INST] {{ state.system }}{{ message.content }} [/INST]
+{{ bos_token }}[INST] {{ (state.system ~ message.content) | trim }} [/INST]
 {%- set state.system = '' %}
 {% elif message.role == 'assistant' and not state.system %}
-{{ ' ' }}{{ message.content }} {{ eos_token or '</s>' -}}
+{{ ' ' }}{{ message.content | trim }} {{ eos_token or '</s>' -}}
 {% else %}
 {{ raise_exception('a system message comes first, a user message after it') }}
 {% endif %}
@@ -149,7 +152,7 @@ _LLAMA_3 = """\
 {% for message in messages %}
 <|start_header_id|>{{ message.role }}<|end_header_id|>
 
-{{ message.content }}<|eot_id|>
+{{ message.content | trim }}<|eot_id|>
 {%- endfor %}
 {% if add_generation_prompt %}
 <|start_header_id|>assistant<|end_header_id|>
@@ -163,7 +166,7 @@ _MISTRAL = """\
 {% if message.role == 'user' %}
 [INST] {{ message.content }}[/INST]
 {%- elif message.role == 'assistant' %}
-{{ ' ' }}{{ message.content }}{{ eos_token or '</s>' -}}
+{{ ' ' }}{{ message.content | trim }}{{ eos_token or '</s>' -}}
 {% else %}
 {{ raise_exception('Mistral has no system turn') }}
 {% endif %}

@@ -62,9 +62,13 @@ def open_store(data: UserData, multi_user: bool) -> Store:
 
 
 def load_first_model(models: ModelSlot, chosen: Settings, ask: Callable[[str], str] = input) -> None:
-    """Begin loading the model named, or chosen from the menu, or the only one there is. A wrong name is told; the page starts all the same."""
+    """Begin loading the model named, or chosen from the menu, or used last if that is wanted, or the only one there is.
+
+    A wrong name is told; the page starts all the same.
+    """
     names = models.names()
-    name = chosen.model or (_menu(names, ask) if chosen.model_menu else "") or (names[0] if len(names) == 1 else "")
+    last = models.last_used() if chosen.load_last_model else ""
+    name = chosen.model or (_menu(names, ask) if chosen.model_menu else "") or last or (names[0] if len(names) == 1 else "")
     if not name:
         logger.info("No model is loaded; choose one on the Model tab." if names else "There is no model yet; the Model tab says where to put one.")
         return

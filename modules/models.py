@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,7 +19,7 @@ from modules.backends.base import Adapter, Adapting, Backend, CancelToken, Engin
 from modules.errors import Busy, ModelError, NoModel, UserError
 from modules.log import logger
 from modules.options import Options
-from modules.paths import UserData
+from modules.paths import UserData, write_atomically
 
 MAX_WAITING = 64
 IDLE_CHECK_SECONDS = 5.0
@@ -138,6 +138,22 @@ class ModelSlot:
         """Names of the models in the model folder."""
         return loaders.list_models(self.data.models)
 
+    def last_used(self) -> str:
+        """The name of the model that was loaded last, by an earlier run too, if it is still there; else ""."""
+        try:
+            name = self._last_file.read_text("utf-8")[:4096].strip()
+            return name if name and self.data.model_path(name) else ""
+        except (OSError, ValueError, UserError):
+            return ""
+
+    @property
+    def _last_file(self) -> Path:
+        return self.data.cache / "last-model.txt"
+
+    def _remember(self, choice: Choice) -> None:
+        with suppress(OSError):  # a convenience only
+            write_atomically(self._last_file, choice.name)
+
     def listen(self, changed: Callable[[], None]) -> None:
         """Call `changed` after each change of the status, from any thread. It must be short and must not raise."""
         with self._lock:
@@ -152,6 +168,12 @@ class ModelSlot:
     def backend(self) -> Backend:
         """The model in use; loads it again if it was unloaded for being idle. Raises NoModel."""
         return self._current().backend
+
+    @property
+    def file(self) -> Path | None:
+        """The file or folder of the model in memory."""
+        with self._lock:
+            return self._loaded.choice.path if self._loaded else None
 
     def loaded_backend(self) -> Backend | None:
         """The model if it is there now. Unlike `backend` this never loads it again, and it is no use that keeps it from being idle."""
@@ -330,6 +352,7 @@ class ModelSlot:
         if not wanted:
             backend.unload()
             raise ModelError("Loading was cancelled.")
+        self._remember(choice)
         logger.info("Loaded %s in %.1f s with %s, context %d tokens", choice.name, seconds, choice.loader.name, backend.context_length)
         self._tell()
 

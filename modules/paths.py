@@ -100,6 +100,51 @@ class UserData:
         return self.root / "mmproj"
 
     @property
+    def characters(self) -> Path:
+        """Characters (`characters.py`)."""
+        return self.root / "characters"
+
+    @property
+    def users(self) -> Path:
+        """What characters know about the person (`characters.py`)."""
+        return self.root / "users"
+
+    @property
+    def presets(self) -> Path:
+        """Sets of sampling values (`presets.py`)."""
+        return self.root / "presets"
+
+    @property
+    def instruction_templates(self) -> Path:
+        """Chat templates (`instruction_templates.py`)."""
+        return self.root / "instruction-templates"
+
+    @property
+    def grammars(self) -> Path:
+        """GBNF grammars."""
+        return self.root / "grammars"
+
+    @property
+    def prompts(self) -> Path:
+        """Texts to begin a message with (`prompts.py`)."""
+        return self.root / "prompts"
+
+    @property
+    def css(self) -> Path:
+        """Looks of the conversation."""
+        return self.root / "css"
+
+    @property
+    def logs(self) -> Path:
+        """Chats of the earlier system, only read (`old_data.py`)."""
+        return self.root / "logs"
+
+    @property
+    def notification(self) -> Path:
+        """The sound of a finished reply."""
+        return self.root / "notification.mp3"
+
+    @property
     def cache(self) -> Path:
         """Everything that may be deleted while the program is not running."""
         return self.root / "cache"
@@ -129,10 +174,15 @@ class UserData:
         """Held by the one server that uses this folder."""
         return self.root / ".lock"
 
+    @property
+    def _library(self) -> tuple[Path, ...]:
+        """Folders into which a person puts files for the page."""
+        return (self.characters, self.users, self.presets, self.instruction_templates, self.grammars, self.prompts, self.css)
+
     def create(self) -> None:
         """Make the folders. Raises DataError when the disk refuses."""
         try:
-            for folder in (self.models, self.loras, self.mmproj, self.cache / "gradio"):
+            for folder in (*self._library, self.models, self.loras, self.mmproj, self.cache / "gradio"):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"Cannot create {error.filename}: {error.strerror}. Choose a writable folder with --user-data-dir.") from error

@@ -35,6 +35,10 @@ class Piece:
     text: str = ""
     reasoning: str = ""
     chunk: Chunk = field(default_factory=Chunk)
+    reasoning_tokens: int = 0
+    """How many of the tokens so far were thinking."""
+    note: str = ""
+    """What is done before the reply can begin, for the reader."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,12 @@ class Stats:
     prefill_seconds: float | None = None
     draft_tokens: int | None = None
     accepted_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    note: str | None = None
 
-    def seen(self, chunk: Chunk, seconds: float) -> Stats:
-        """The stats after `chunk`, which came `seconds` after the start."""
-        first = self.first_token_seconds
+    def seen(self, piece: Piece, seconds: float) -> Stats:
+        """The stats after `piece`, which came `seconds` after the start."""
+        chunk, first = piece.chunk, self.first_token_seconds
         if first is None and chunk.completion_tokens:
             first = seconds
         tokens = max(self.tokens, chunk.completion_tokens)
@@ -119,7 +125,33 @@ class Stats:
             prefill_seconds=timings.prefill_seconds if timings else self.prefill_seconds,
             draft_tokens=timings.draft_tokens or None if timings else self.draft_tokens,
             accepted_tokens=timings.accepted_tokens if timings and timings.draft_tokens else self.accepted_tokens,
+            reasoning_tokens=piece.reasoning_tokens or self.reasoning_tokens,
+            note=piece.note or None,
         )
+
+
+class TextPresenter:
+    """Events of a text that is not shown as a message: the deltas as they are."""
+
+    def __init__(self) -> None:
+        self._text, self._new = "", ""
+
+    def feed(self, text: str, reasoning: str) -> None:
+        """Take deltas."""
+        self._text, self._new = self._text + text, self._new + text
+
+    def update(self, stats: Stats, final: bool) -> Mapping[str, Any]:
+        """The text since the last call."""
+        new, self._new = self._new, ""
+        return {"text": new}
+
+    def snapshot(self, stats: Stats) -> Mapping[str, Any]:
+        """The whole text."""
+        return {"text": self._text, "whole": True}
+
+    def end(self, message: Message) -> Mapping[str, Any]:
+        """The whole text, and how it ended."""
+        return {"text": message.text, "whole": True, "state": message.state, "error": message.details.get("error")}
 
 
 class Presenter(Protocol):
@@ -203,7 +235,7 @@ class Reply:
 
     def _take(self, piece: Piece) -> None:
         with self._condition:
-            self._stats = self._stats.seen(piece.chunk, time.monotonic() - self._began)
+            self._stats = self._stats.seen(piece, time.monotonic() - self._began)
             self._pieces.append(piece)
             self._condition.notify()
 
@@ -339,8 +371,7 @@ class Replies:
         """Hold a conversation while a turn is prepared. Raises Busy when `owner` has another prepared or written there."""
         key = owner, conversation
         with self._lock:
-            running = self.running(conversation)
-            if key in self._busy or (running and running.owner == owner):
+            if key in self._busy or any(reply.owner == owner for reply in self.running(conversation)):
                 raise Busy("A reply is being written in this chat. Wait for its end, or stop it, then send again.")
             self._busy.add(key)
         try:
@@ -387,10 +418,10 @@ class Replies:
             found = self._replies.get(message.id)
         return found.message if found else message
 
-    def running(self, conversation: str) -> Reply | None:
-        """The reply being written in a conversation, or None."""
+    def running(self, conversation: str) -> tuple[Reply, ...]:
+        """The replies being written in a conversation: none, one, or several side by side."""
         with self._lock:
-            return next((r for r in self._replies.values() if r.conversation == conversation and not r.finished.is_set()), None)
+            return tuple(r for r in self._replies.values() if r.conversation == conversation and not r.finished.is_set())
 
     def stop(self, owner: str, reply: str) -> None:
         """Cancel one reply of `owner`; nothing happens to one that has ended. Raises NotFound for one that is not known (any more)."""

@@ -113,10 +113,10 @@ class ChatOptions(Options):
 class PageOptions(Options):
     """How the page looks and behaves in one browser."""
 
-    chat_style: str = knob("modern", "Look of the conversation: a shipped style, or one of your own from the css folder.", group=UI, flag=False)
-    language: Literal["auto", "en", "ru"] = knob("auto", "Language of the page; auto is the browser's. Takes effect when it is loaded again.", group=UI)
+    chat_style: str = knob("modern", "Look of the conversation: a shipped style, or your own from the css folder.", group=UI, flag=False)
+    language: Literal["auto", "en", "ru"] = knob("auto", "Language of the page; auto is the browser's. Seen when it is loaded again.", group=UI)
     title_by_model: bool = knob(False, "Let the model name a new conversation after its first reply.", group=UI)
-    sound: bool = knob(True, "Play the notification file of the user data when a reply ends while the page is in the background.", group=UI)
+    sound: bool = knob(True, "Play the notification file when a reply ends while the page is in the background.", group=UI)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What happens to a reply's text on its way to the reader: thinking is told from the answer, the answer ends at a stop string.
+"""What happens to a reply's text on its way to the reader: thinking is told from the answer, the answer ends at a stop string; in chats
+with characters the speaker's name before it is taken away.
 
 Small state machines over text deltas: `feed` what came, `finish` at the end. Any cutting of a text into pieces gives the same result.
 A piece costs its own length plus at most the longest marker, however long the reply has become.
@@ -25,12 +26,13 @@ class _Markers:
     def __init__(self, markers: Sequence[str]) -> None:
         # Longest first: of two that match at one place the longer wins, and a longer one that may still come is waited for.
         self._markers = sorted({marker for marker in markers if marker}, key=len, reverse=True)
+        self._longest = max(map(len, self._markers), default=0)
         firsts = "".join(sorted({re.escape(marker[0]) for marker in self._markers}))
         self._starts = re.compile(f"[{firsts}]" if firsts else r"(?!)")
 
     def at(self, text: str, place: int, more: bool) -> str | None:
         """The marker at `place`; "" when there is none; None when that is not known yet and `more` text can come."""
-        rest = text[place:] if len(text) - place < len(self._markers[0]) else ""
+        rest = text[place:] if len(text) - place < self._longest else ""
         for marker in self._markers:
             if text.startswith(marker, place):
                 return marker
@@ -104,23 +106,33 @@ _MAX_SPACE = 64  # white space held back before a start marker
 _MAX_HEADER = 200  # text held back between thinking and a content marker
 
 
+def opened_by(prompt: str) -> ThinkingFormat | None:
+    """The format whose thinking a reply to `prompt` begins in, because the prompt ends with its start; None: it begins outside."""
+    tail = prompt[-200:].rstrip()
+    return next((row for start, row in _BY_START.items() if tail.endswith(start)), None)
+
+
 class ReasoningSplitter:
     """Tells thinking from answer.
 
     Thinking opens at the very beginning of a reply (after white space) and nowhere later, so markers quoted in an answer are text; formats
     with a content marker may open it again before the answer begins. When `prompt` ends with a start marker the reply begins inside
-    thinking (to go on with unfinished thinking, pass the prompt as it was before that thinking). A lone end marker is text: what was
-    shown as answer is not taken back. Line breaks at the beginning of thinking, and of an answer after thinking, are dropped.
+    thinking. `text` and `reasoning` are what the reply has already, at the prompt's end, and goes on from: within the answer when there is
+    text, else within the thinking. A lone end marker is text: what was shown as answer is not taken back. Line breaks at the beginning of
+    thinking, and of an answer after thinking, are dropped.
     """
 
-    def __init__(self, prompt: str = "") -> None:
-        tail = prompt[-200:].rstrip()
-        opened = [row for start, row in _BY_START.items() if tail.endswith(start)]
+    def __init__(self, prompt: str = "", text: str = "", reasoning: str = "") -> None:
         self._held = ""
         self._trim = False
         self._state = self._begin
-        if opened:
-            self._think(opened[0])
+        if text:
+            self._answer(trim=False)
+        elif reasoning:
+            written = len(reasoning.lstrip())  # a template may have dropped the line breaks before it
+            self._think(opened_by(prompt[: len(prompt) - written]) or FORMATS[0], trim=False)
+        elif row := opened_by(prompt):
+            self._think(row)
 
     def feed(self, text: str) -> list[Delta]:
         """What can be shown now, in order."""
@@ -140,10 +152,10 @@ class ReasoningSplitter:
             state(deltas, more)
         return deltas
 
-    def _think(self, row: ThinkingFormat) -> None:
+    def _think(self, row: ThinkingFormat, trim: bool = True) -> None:
         self._row = row
         self._ends = _Markers([row.end, row.content])
-        self._trim = True
+        self._trim = trim
         self._state = self._thinking
 
     def _answer(self, trim: bool) -> None:
@@ -199,11 +211,54 @@ class ReasoningSplitter:
             deltas.append(Delta(text=piece))
 
 
-class ReplyStream:
-    """A reply's raw text to the thinking and the answer that a reader sees. Stop strings act on the answer, not on thinking."""
+class NamePrefix:
+    """Takes white space, one of some names with a colon, and white space after it away from the beginning of a text."""
 
-    def __init__(self, stops: Sequence[str] = (), prompt: str = "") -> None:
-        self._splitter = ReasoningSplitter(prompt)
+    def __init__(self, names: Sequence[str]) -> None:
+        self._markers = _Markers([f"{name}:" for name in names if name])
+        self._held = ""
+        self._looking = self._trim = True
+
+    def feed(self, text: str) -> str:
+        """What can be shown now. The beginning of a possible name is withheld."""
+        return self._advance(text, more=True)
+
+    def finish(self) -> str:
+        """What was withheld and turned out to be text."""
+        return self._advance("", more=False)
+
+    def _advance(self, text: str, more: bool) -> str:
+        self._held += text
+        if self._looking and not self._past_name(more):
+            return ""
+        text, self._held = self._held, ""
+        if self._trim:
+            text = text.lstrip()
+            self._trim = not text
+        return text
+
+    def _past_name(self, more: bool) -> bool:
+        """Whether it is known where the text begins; a name is then gone."""
+        self._held = self._held.lstrip()
+        name = self._markers.at(self._held, 0, more) if self._held else None
+        if name is None and more:
+            return False
+        self._held = self._held[len(name or "") :]
+        self._looking = False
+        return True
+
+
+class ReplyStream:
+    """A reply's raw text to the thinking and the answer that a reader sees. Stop strings act on the answer, not on thinking.
+
+    `prompt`: the exact text that the model goes on from. `text`, `reasoning`: what the reply consists of already (see ReasoningSplitter).
+    `names`: white space and one of these with a colon are no part of the answer where they begin it; an answer that is there already goes on
+    as it is.
+    """
+
+    def __init__(self, stops: Sequence[str] = (), prompt: str = "", text: str = "", reasoning: str = "", names: Sequence[str] = ()) -> None:
+        self._splitter = ReasoningSplitter(prompt, text, reasoning)
+        self._prefix = NamePrefix(names) if names and not text else None
         self._stops = StopStrings(stops)
 
     @property
@@ -223,9 +278,13 @@ class ReplyStream:
     def finish(self) -> list[Delta]:
         """What was withheld."""
         deltas = self._shown(self._splitter.finish())
-        rest = self._stops.finish()
+        rest = self._stops.feed(self._prefix.finish()) if self._prefix else ""
+        rest += self._stops.finish()
         return [*deltas, Delta(text=rest)] if rest else deltas
 
     def _shown(self, deltas: list[Delta]) -> list[Delta]:
-        kept = [Delta(text=self._stops.feed(delta.text)) if delta.text else delta for delta in deltas]
+        kept = [Delta(text=self._answer(delta.text)) if delta.text else delta for delta in deltas]
         return [delta for delta in kept if delta.text or delta.reasoning]
+
+    def _answer(self, text: str) -> str:
+        return self._stops.feed(self._prefix.feed(text) if self._prefix else text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from modules.app import App
@@ -38,9 +38,14 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
             _log_result(replace(last, prompt_tokens=prompt_tokens), time.monotonic() - began, backend.context_length, request.seed)
 
 
-def split_reply(chunks: Iterator[Chunk], request: GenerationRequest, prompt: str) -> Iterator[Piece]:
-    """Answer and thinking apart, up to the first of `request.stop` in the answer. `prompt`: text that the reply continues."""
-    splitter = ReplyStream(request.stop, prompt)
+def split_reply(
+    chunks: Iterator[Chunk], request: GenerationRequest, prompt: str, text: str = "", reasoning: str = "", names: Sequence[str] = ()
+) -> Iterator[Piece]:
+    """Answer and thinking apart, up to the first of `request.stop` in the answer.
+
+    `prompt`: text that the reply continues; `text` and `reasoning`: what the message already has. `names`: see `NamePrefix`.
+    """
+    splitter, thought = ReplyStream(request.stop, prompt, text, reasoning, names), 0
     for chunk in chunks:
         stopped = splitter.stopped  # after a stop string only the counts of what was under way are of interest
         deltas = [] if stopped else splitter.feed(chunk.text)
@@ -49,7 +54,9 @@ def split_reply(chunks: Iterator[Chunk], request: GenerationRequest, prompt: str
         if chunk.finish_reason:
             deltas += splitter.finish()
             chunk = replace(chunk, finish_reason="stop") if splitter.stopped else chunk  # noqa: PLW2901
-        yield Piece("".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), chunk)
+        reasoning = "".join(d.reasoning for d in deltas)
+        thought = chunk.completion_tokens if reasoning else thought
+        yield Piece("".join(d.text for d in deltas), reasoning, chunk, thought)
 
 
 def encode(app: App, text: str, add_bos: bool = False) -> list[int]:

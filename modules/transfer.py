@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,9 +23,10 @@ from typing import Any, get_args, get_type_hints
 from markdown_it import MarkdownIt
 
 from modules.conversation import Conversation, Message, Role, State, new_id
-from modules.errors import DataError
+from modules.errors import DataError, NameError_
+from modules.paths import safe_name
 from modules.replies import Stats
-from modules.store import clean, clean_title, title_from
+from modules.store import MAX_TAGS, clean, clean_name, clean_title, title_from
 from modules.streams import ReasoningSplitter
 
 FORMAT, VERSION = "tgw-conversations", 1
@@ -34,6 +36,7 @@ MAX_MESSAGES = 500_000
 """In one file."""
 _MAX_VALUES = 10_000_000  # brackets and commas: a small file may not become gigabytes of empty lists
 _MAX_DEPTH = 32  # of lists and mappings in a message's details
+_MAX_FILE_NAME = 120  # bytes, without the ending
 _MAX_PARSED = 100_000  # characters; a longer text is quoted in Markdown without a look at its headings
 _LAST_SECOND = 253_402_300_799  # of the year 9999
 
@@ -53,6 +56,10 @@ class _Tree:
         self.speaker = speaker
         self.messages: dict[str, Message] = {}
         self.tip: str | None = None
+        self.settings: dict[str, Any] = {}
+        self.folder = ""
+        self.tags: tuple[str, ...] = ()
+        self.pinned = False
 
     def add(self, parent: str | None, message: Message) -> str:
         if len(self.messages) >= MAX_MESSAGES:
@@ -72,7 +79,7 @@ class _Tree:
         if title is None:
             words = [m.text for m in self.messages.values() if m.role == "user"] or [m.text for m in self.messages.values()]
             title = title_from(": ".join(filter(None, (self.speaker, *words[:1])))) or name
-        return Conversation(new_id(), owner, clean_title(title), self.messages, self.tip)
+        return Conversation(new_id(), owner, clean_title(title), self.messages, self.tip, self.settings, self.folder, self.tags, self.pinned)
 
 
 def read(data: bytes, name: str, owner: str) -> list[Conversation]:
@@ -99,10 +106,27 @@ def read(data: bytes, name: str, owner: str) -> list[Conversation]:
 
 def to_json(conversations: Iterable[Conversation]) -> str:
     """Everything about the conversations except their owners, for `read`. What JSON cannot hold in details is kept as its text, NaN as null."""
-    whole = [
-        {"title": c.title, "tip": c.tip, "messages": [{**vars(m), "details": _plain(m.details)} for m in c.messages.values()]} for c in conversations
-    ]
+    whole = [_entry(conversation) for conversation in conversations]
     return clean(json.dumps({"format": FORMAT, "version": VERSION, "conversations": whole}, ensure_ascii=False))
+
+
+def _entry(conversation: Conversation) -> dict[str, Any]:
+    c = conversation
+    arranged = {"folder": c.folder, "tags": list(c.tags), "pinned": c.pinned, "settings": _plain(c.settings)}
+    messages = [{**vars(m), "details": _plain(m.details)} for m in c.messages.values()]
+    return {"title": c.title, **{name: value for name, value in arranged.items() if value}, "tip": c.tip, "messages": messages}
+
+
+def file_name(title: str) -> str:
+    """A file's name without its ending, usable on every system, made of a conversation's title."""
+    name = re.sub(r'[<>:"/\\|?*]+', " ", "".join(c for c in unicodedata.normalize("NFKC", clean_title(title)) if unicodedata.category(c) != "Cf"))
+    while len(name.encode()) > _MAX_FILE_NAME:
+        name = name[:-1]
+    name = " ".join(name.split()).strip(" .")
+    try:
+        return safe_name(name)
+    except NameError_:
+        return "conversation"
 
 
 # Recognising
@@ -181,6 +205,10 @@ def _own(document: dict[str, Any]) -> Iterator[_Tree]:
         if not isinstance(tip, str | None) or tip not in new:
             raise _Fault(f"{where}: its tip is none of its messages")
         tree.tip = new[tip]
+        tree.settings = _plain(_bounded(_maybe(dict, entry.get("settings")), where))
+        tree.folder, tree.pinned = clean_name(_maybe(str, entry.get("folder"))), entry.get("pinned") is True
+        names = {clean_name(name) for name in _maybe(list, entry.get("tags"))[:MAX_TAGS] if isinstance(name, str)}
+        tree.tags = tuple(sorted(names - {""}))
         yield tree
 
 
@@ -200,17 +228,24 @@ def _field(entry: Any, key: str, kind: type, where: str) -> Any:
     return entry[key]
 
 
-_SHOWN_DETAILS = {"model": str, "error": str, "seed": int, "dropped_messages": int}  # what the page relies on
+_SHOWN_DETAILS = {  # what the page and the turns rely on
+    **dict.fromkeys(("model", "error", "name", "group", "preset"), str),
+    **dict.fromkeys(("seed", "dropped_messages", "begins", "began_thinking"), int),
+}
 _STATS = get_type_hints(Stats)  # so is this: another kind of value is left out
 
 
-def _details(details: dict[str, Any], where: str) -> dict[str, Any]:
-    level: list[Any] = [details]
+def _bounded(values: dict[str, Any], where: str) -> dict[str, Any]:
+    level: list[Any] = [values]
     for _ in range(_MAX_DEPTH):
         level = [v for value in level for v in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())]
     if level:
         raise _Fault(f"{where}: its details are nested too deeply")
-    kept = {key: value for key, value in _plain(details).items() if value is None or _is(value, _SHOWN_DETAILS.get(key, object))}
+    return values
+
+
+def _details(details: dict[str, Any], where: str) -> dict[str, Any]:
+    kept = {key: value for key, value in _plain(_bounded(details, where)).items() if value is None or _is(value, _SHOWN_DETAILS.get(key, object))}
     stats = {key: value for key, value in _maybe(dict, kept.pop("stats", None)).items() if key in _STATS and _is(value, _STATS[key])}
     return {**kept, "stats": stats} if stats else kept
 
@@ -315,6 +350,8 @@ def _earlier(document: dict[str, Any]) -> Iterator[_Tree]:
             notes = _maybe(dict, metadata.get(f"{role}_{number}"))
             files = [_named(name=_maybe(dict, item).get("name")).get("name") for item in _maybe(list, notes.get("attachments"))]
             details = {**_named(model=notes.get("model_name")), **({"attachments": [*filter(None, files)]} if any(files) else {})}
+            if role == "assistant" and row[0] == _GREETING:
+                details["greeting"] = True
             shown = Message("", None, role, text, created=_time(notes.get("timestamp")), details=details)
             versions = [_earlier_version(role, _maybe(dict, item), where) for item in _maybe(list, notes.get("versions"))]
             if text != _GREETING:

@@ -2,11 +2,11 @@ import threading
 
 import pytest
 
-from modules import chat
+from modules import archive, chat, revisit
 from modules.auth import Identity
 from modules.chat import MAX_MESSAGE_CHARACTERS
 from modules.conversation import Conversation
-from modules.errors import Busy, DataError, EngineDied, NoModel, NotFound, PromptError, PromptTooLong, SettingsError
+from modules.errors import Busy, DataError, EngineDied, NoModel, NotFound, PromptError, PromptTooLong, SettingsError, UserError
 from tests.fakes import WAIT, make_app, until
 
 ANNA, BERT = Identity("anna", "anna-browser"), Identity("bert", "bert-browser")
@@ -24,8 +24,12 @@ def backend(app):
     return app.models.backend
 
 
+def revision(app, who=ANNA):
+    return app.sessions.get(who.session).revision
+
+
 def finish(turn):
-    assert turn.reply.finished.wait(WAIT), "the reply never ended"
+    assert all(reply.finished.wait(WAIT) for reply in turn.replies), "the reply never ended"
     return turn
 
 
@@ -270,14 +274,14 @@ def test_a_second_turn_in_the_same_chat_waits_its_turn(app):
         lambda: chat.regenerate(app, ANNA, id, answer),
         lambda: chat.continue_reply(app, ANNA, id, answer),
         lambda: chat.edit(app, ANNA, id, user, "other"),
-        lambda: chat.select(app, ANNA, id, user),
+        lambda: archive.select(app, ANNA, id, user),
     ):
         with pytest.raises(Busy):
             attempt()
     assert len(app.store.conversation("anna", id).messages) == 2
     app.replies.stop("anna", answer)
     finish(turn)
-    chat.rename(app, ANNA, id, "New")
+    archive.rename(app, ANNA, id, "New")
     assert app.store.conversations("anna").items[0].title == "New"
 
 
@@ -295,7 +299,7 @@ def test_another_chat_is_queued_behind_and_answered(app, backend):
 
 def test_deleting_a_chat_stops_its_reply(app, backend):
     turn = held(app)
-    chat.delete(app, ANNA, turn.conversation.id)
+    archive.delete(app, ANNA, [turn.conversation.id])
     finish(turn)
     assert turn.reply.cancel.cancelled and nothing_is_saved(app)
     assert "deleted" in [e.type for e in app.replies.news("anna").after(0)]
@@ -309,8 +313,8 @@ def test_a_chat_of_somebody_else_does_not_exist(app):
         lambda: chat.reply(app, BERT, "no-such-chat", "Hi"),
         lambda: chat.reply(app, BERT, id, "Hi"),
         lambda: chat.regenerate(app, BERT, id, message),
-        lambda: chat.delete(app, BERT, id),
-        lambda: chat.rename(app, BERT, id, "Mine"),
+        lambda: archive.delete(app, BERT, [id]),
+        lambda: archive.rename(app, BERT, id, "Mine"),
     ):
         with pytest.raises(NotFound):
             attempt()
@@ -322,7 +326,7 @@ def test_a_chat_of_somebody_else_does_not_exist(app):
         lambda: chat.regenerate(app, BERT, id, message),
         lambda: chat.continue_reply(app, BERT, id, message),
         lambda: chat.edit(app, BERT, id, message, "x"),
-        lambda: chat.select(app, BERT, id, message),
+        lambda: archive.select(app, BERT, id, message),
     ):
         with pytest.raises(NotFound):
             attempt()
@@ -376,7 +380,7 @@ def test_an_edited_question_is_answered_again(app, backend):
 def test_an_edited_answer_is_a_version_without_a_new_reply(app, backend):
     conversation = say(app, "Hi")
     turn = chat.edit(app, ANNA, conversation.id, conversation.tip, "My own words")
-    assert turn.reply is None and len(backend.requests) == 1
+    assert turn.replies == () and len(backend.requests) == 1
     assert shown(app, conversation.id) == [("user", "Hi", "done"), ("assistant", "My own words", "done")]
     assert app.replies.news("anna").after(0)[-1].type == "changed"
     say(app, "Next", conversation.id)
@@ -392,11 +396,11 @@ def test_select_shows_another_version_at_its_newest_end(app):
     newest = conversation.tip
     finish(chat.regenerate(app, ANNA, conversation.id, old))
     assert len(shown(app, conversation.id)) == 2
-    chat.select(app, ANNA, conversation.id, old)
+    archive.select(app, ANNA, conversation.id, old)
     assert app.store.conversation("anna", conversation.id).tip == newest
     assert app.replies.news("anna").after(0)[-1].type == "changed"
     with pytest.raises(NotFound):
-        chat.select(app, ANNA, conversation.id, "no-such-message")
+        archive.select(app, ANNA, conversation.id, "no-such-message")
 
 
 # --- continue -----------------------------------------------------------------------------------------------------------------------
@@ -431,12 +435,16 @@ def test_continue_in_the_middle_goes_back_there(app):
     assert app.store.conversation("anna", conversation.id).tip == answer
 
 
-def test_what_was_stopped_while_thinking_cannot_go_on(app, backend):
+def test_what_was_stopped_while_thinking_goes_on_thinking(app, backend):
+    backend.chat_template = "{% for m in messages %}[{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}]{% endfor %}"
     backend.script = ["<think>I wonder"]
     conversation = say(app, "Hi")
     assert conversation.path()[-1].reasoning == "I wonder"
-    with pytest.raises(PromptError, match="Use Regenerate"):
-        chat.continue_reply(app, ANNA, conversation.id, conversation.tip)
+    backend.script = [" what.</think>", "That!"]
+    finish(chat.continue_reply(app, ANNA, conversation.id, conversation.tip))
+    whole = app.store.conversation("anna", conversation.id).path()[-1]
+    assert (whole.reasoning, whole.text, whole.state) == ("I wonder what.", "That!", "done")
+    assert prompt(backend).endswith("I wonder")
 
 
 # --- before a turn ------------------------------------------------------------------------------------------------------------------
@@ -528,10 +536,10 @@ def test_other_parameters_of_the_request_are_the_replys(app, ready):
 def test_a_newer_draft_ends_the_older_one(app, ready):
     ready.hold_prefills()
     for text in ("Tell me", "Tell me of"):
-        assert chat.ahead(app, ANNA, None, text, 0)
+        assert chat.ahead(app, ANNA, None, text, revision(app, ANNA))
         until(lambda text=text: ready.prefills and ready.decode(ready.prefills[-1].prompt).endswith(text.rpartition(" ")[0]))
     assert [request.cancel.cancelled for request in ready.prefills] == [True, False]
-    chat.ahead(app, BERT, None, "Another one", 0)
+    chat.ahead(app, BERT, None, "Another one", revision(app, BERT))
     until(lambda: len(ready.prefills) == 3)
     assert not ready.prefills[1].cancel.cancelled
 
@@ -546,8 +554,8 @@ def test_a_draft_that_changed_nothing_certain_is_not_computed_again(app, ready):
 def test_a_turn_ends_what_is_computed_before_it_begins_itself(turn, deaf, app, ready):
     conversation = say(app, "Hi")
     ready.hold_prefills(deaf=deaf)
-    chat.ahead(app, ANNA, conversation.id, "More", 0)
-    chat.ahead(app, BERT, None, "Mine", 0)
+    chat.ahead(app, ANNA, conversation.id, "More", revision(app, ANNA))
+    chat.ahead(app, BERT, None, "Mine", revision(app, BERT))
     until(lambda: len(ready.prefills) == 2)
     mine = next(request for request in ready.prefills if request.client == "anna")
     states = []
@@ -576,7 +584,7 @@ def test_while_a_reply_is_written_nothing_is_computed(app, ready):
 
 def test_without_a_model_nothing_is_computed_or_loaded(app, ready):
     app.models.unload()
-    assert chat.ahead(app, ANNA, None, "Tell me", 0)
+    assert chat.ahead(app, ANNA, None, "Tell me", revision(app, ANNA))
     assert app.ahead.busy == 0 and ready.prefills == [] and app.models.status().state == "none"
 
 
@@ -585,24 +593,24 @@ def test_a_model_unloaded_for_being_idle_stays_so_and_one_in_use_ahead_counts_as
     app.models._loaded.last_use -= 61
     assert ahead(app, "Tell me") is not None
     ready.hold_prefills()
-    chat.ahead(app, ANNA, None, "Tell me of it", 0)
+    chat.ahead(app, ANNA, None, "Tell me of it", revision(app, ANNA))
     until(lambda: len(ready.prefills) == 2)
     app.models.unload_if_idle()
     assert ready.unloaded and app.models.status().state == "none"
     until(lambda: app.ahead.busy == 0)
-    assert chat.ahead(app, ANNA, None, "Tell me of it all", 0)
+    assert chat.ahead(app, ANNA, None, "Tell me of it all", revision(app, ANNA))
     assert app.models.status().state == "none" and app.models.loaded_backend() is None and len(ready.prefills) == 2
     assert say(app, "Tell me of it all").path()[-1].state == "done"
 
 
 def test_an_engine_that_is_dead_is_left_to_the_next_turn(app, ready):
     ready.alive = lambda: False
-    assert chat.ahead(app, ANNA, None, "Tell me", 0) and app.ahead.busy == 0 and ready.prefills == []
+    assert chat.ahead(app, ANNA, None, "Tell me", revision(app, ANNA)) and app.ahead.busy == 0 and ready.prefills == []
 
 
 def test_a_model_that_cannot_and_a_switch_say_so(app, ready, tmp_path, monkeypatch):
     ready.features = frozenset({"parallel"})
-    assert not chat.ahead(app, ANNA, None, "Tell me", 0)
+    assert not chat.ahead(app, ANNA, None, "Tell me", revision(app, ANNA))
     off = make_app(tmp_path / "off", monkeypatch, "--no-prefill-ahead")
     try:
         off.models.backend.features = frozenset({"prefill"})
@@ -636,13 +644,13 @@ def test_a_chat_of_somebody_else_is_not_read_ahead(app, ready):
     conversation = say(app, "My secret")
     for id in (conversation.id, "no-such-chat"):
         with pytest.raises(NotFound):
-            chat.ahead(app, BERT, id, "Tell me", 0)
+            chat.ahead(app, BERT, id, "Tell me", revision(app, BERT))
     assert app.ahead.busy == 0 and ready.prefills == []
 
 
 def test_the_end_of_the_program_ends_it(app, ready):
     ready.hold_prefills()
-    chat.ahead(app, ANNA, None, "Tell me", 0)
+    chat.ahead(app, ANNA, None, "Tell me", revision(app, ANNA))
     until(lambda: ready.prefills)
     app.close()
     assert app.ahead.busy == 0 and ready.prefills[0].cancel.cancelled and ready.prefilled == []
@@ -651,7 +659,7 @@ def test_the_end_of_the_program_ends_it(app, ready):
 def test_it_takes_no_turn(app, ready):
     """A model without "parallel" writes one reply at a time; computing ahead is not one."""
     ready.hold_prefills(deaf=True)
-    chat.ahead(app, BERT, None, "Tell me", 0)
+    chat.ahead(app, BERT, None, "Tell me", revision(app, BERT))
     until(lambda: ready.prefills)
     assert say(app, "Hi").path()[-1].state == "done"
 
@@ -684,3 +692,273 @@ def test_a_conversation_survives_its_own_round_trip(app):
     conversation = say(app, "Hi")
     assert isinstance(conversation, Conversation) and conversation.owner == "anna"
     assert app.store.conversation("anna", conversation.id) == conversation
+
+
+# --- modes and a conversation's own values ----------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_keeps_its_own_values(app, backend):
+    app.sessions.change(ANNA.session, {"custom_system_message": "Be brief.", "temperature": 0.5})
+    first = say(app, "Hi")
+    archive.change_values(app, ANNA, None, {"custom_system_message": "Be long.", "temperature": 1.5})
+    say(app, "Again", first.id)
+    assert prompt(backend).startswith("<|im_start|>system\nBe brief.") and backend.requests[-1].sampling.temperature == 0.5
+    say(app, "Hi")
+    assert prompt(backend).startswith("<|im_start|>system\nBe long.")
+    archive.change_values(app, ANNA, first.id, {"custom_system_message": "Be kind."})
+    say(app, "Once more", first.id)
+    assert prompt(backend).startswith("<|im_start|>system\nBe kind.") and backend.requests[-1].sampling.temperature == 0.5
+    assert app.sessions.get(ANNA.session).chat.custom_system_message == "Be kind."  # a new chat begins with what was chosen last
+
+
+def test_another_browser_of_the_same_login_has_the_conversations_values(app, backend):
+    app.sessions.change(ANNA.session, {"custom_system_message": "Be brief."})
+    first = say(app, "Hi")
+    say(app, "Again", first.id, Identity("anna", "annas-phone"))
+    assert prompt(backend).startswith("<|im_start|>system\nBe brief.")
+
+
+def test_a_chat_with_a_character_begins_with_the_greeting(app, backend):
+    app.sessions.change(
+        ANNA.session, {"mode": "chat", "name1": "Anna", "name2": "Ada", "greeting": "Hello {{user}}, I am {{char}}.", "context": "Ada counts."}
+    )
+    backend.script = [" Ada: Two", ", of course.\nAnna: And"]
+    conversation = say(app, "One and one?")
+    assert shown(app, conversation.id) == [
+        ("assistant", "Hello Anna, I am Ada.", "done"), ("user", "One and one?", "done"), ("assistant", "Two, of course.", "done"),
+    ]  # fmt: skip
+    assert [m.details.get("name") for m in conversation.path()] == ["Ada", "Anna", "Ada"]
+    assert prompt(backend).startswith("Ada counts.") and prompt(backend).endswith("Anna: One and one?\nAda:")
+    with pytest.raises(PromptError, match="greeting"):
+        chat.regenerate(app, ANNA, conversation.id, conversation.path()[0].id)
+
+
+def test_chat_instruct_asks_the_assistant_to_speak_as_the_character(app, backend):
+    app.sessions.change(ANNA.session, {"mode": "chat-instruct", "name2": "Ada", "chat_instruct_command": "Go on as <|character|>:\n<|prompt|>"})
+    say(app, "Who are you?")
+    assert prompt(backend).startswith("<|im_start|>user\nGo on as Ada:\n") and "You: Who are you?" in prompt(backend)
+    assert prompt(backend).endswith("<|im_start|>assistant\nAda:")
+
+
+def test_a_chosen_template_is_used_instead_of_the_models(app, backend):
+    backend.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    app.sessions.change(ANNA.session, {"instruction_template": "Alpaca"})
+    say(app, "Hi")
+    assert "### Instruction:\nHi" in prompt(backend)
+    app.sessions.change(ANNA.session, {"instruction_template": "Gone"})
+    with pytest.raises(NotFound, match="Gone"):
+        chat.reply(app, ANNA, None, "Hi")
+
+
+# --- several replies at once ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_answers_stand_side_by_side_until_one_is_chosen(app, backend):
+    turn = finish(chat.reply(app, ANNA, None, "Hi", n=3))
+    id, answers = turn.conversation.id, turn.messages[1:]
+    assert len(turn.replies) == 3 and {m.parent for m in answers} == {turn.messages[0].id}
+    assert len({request.seed for request in backend.requests}) == 3
+    page = app.store.messages("anna", id)
+    assert page.items[-1].message.id == answers[0].id
+    assert [m.id for m in archive.beside(app, ANNA, id, page)] == [answers[1].id, answers[2].id]
+    archive.choose(app, ANNA, id, answers[2].id)
+    page = app.store.messages("anna", id)
+    assert page.items[-1].message.id == answers[2].id and archive.beside(app, ANNA, id, page) == []
+    archive.select(app, ANNA, id, answers[0].id)  # it stays a version
+    assert archive.beside(app, ANNA, id, app.store.messages("anna", id)) == []
+    for n in (0, 9):
+        with pytest.raises(PromptError, match="at once"):
+            chat.reply(app, ANNA, id, "Hi", n=n)
+
+
+def test_going_on_below_one_of_several_answers_chooses_it(app):
+    turn = finish(chat.reply(app, ANNA, None, "Hi", n=2))
+    conversation = say(app, "And then?", turn.conversation.id)
+    assert conversation.path()[1].id == turn.messages[1].id
+    assert archive.beside(app, ANNA, conversation.id, app.store.messages("anna", conversation.id)) == []
+
+
+def test_several_answers_have_a_stop_each(app, backend):
+    backend.gate = threading.Semaphore(0)
+    backend.features = frozenset({"parallel"})
+    turn = chat.reply(app, ANNA, None, "Hi", n=2)
+    until(lambda: len(backend.requests) == 2)
+    app.replies.stop("anna", turn.replies[1].id)
+    assert turn.replies[1].finished.wait(WAIT) and not turn.replies[0].finished.is_set()
+    with pytest.raises(Busy):
+        chat.reply(app, ANNA, turn.conversation.id, "More")
+    backend.gate.release(10)
+    finish(turn)
+    assert {m.state for m in app.store.conversation("anna", turn.conversation.id).messages.values()} == {"done", "stopped"}
+
+
+def test_an_answer_with_another_preset(app, backend):
+    conversation = say(app, "Hi")
+    turn = finish(chat.regenerate(app, ANNA, conversation.id, conversation.tip, changes={"preset": "Deterministic"}))
+    assert turn.messages[0].details["preset"] == "Deterministic" and backend.requests[-1].sampling != backend.requests[0].sampling
+    say(app, "Again", conversation.id)
+    assert backend.requests[-1].sampling == backend.requests[0].sampling
+    with pytest.raises(UserError, match="preset name"):
+        chat.regenerate(app, ANNA, conversation.id, conversation.tip, changes={"preset": "../x"})
+
+
+# --- other turns ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_any_reply_can_be_written_again(app):
+    conversation = say(app, "Two", say(app, "One").id)
+    first = conversation.path()[1]
+    turn = finish(chat.regenerate(app, ANNA, conversation.id, first.id))
+    assert [m.text for m in app.store.conversation("anna", conversation.id).path()] == ["One", "Hello world"]
+    assert app.store.conversation("anna", conversation.id).siblings(first.id) == (first.id, turn.messages[0].id)
+
+
+def test_messages_without_an_answer(app, backend):
+    id = chat.insert(app, ANNA, None, "user", "Mine").conversation.id
+    chat.insert(app, ANNA, id, "assistant", "Yours")
+    assert shown(app, id) == [("user", "Mine", "done"), ("assistant", "Yours", "done")] and backend.requests == []
+    edited = chat.edit(app, ANNA, id, app.store.conversation("anna", id).path()[0].id, "Other", answer=False)
+    assert edited.replies == () and shown(app, id) == [("user", "Other", "done")] and backend.requests == []
+
+
+def test_the_model_writes_the_users_next_message(app, backend):
+    conversation = say(app, "Hi")
+    backend.script = ["tell me", " more<|im_end|>x"]
+    reply = chat.impersonate(app, ANNA, conversation.id, "Please ")
+    assert reply.finished.wait(WAIT) and reply.message.text == "Please tell me more"
+    assert prompt(backend).endswith("<|im_start|>user\nPlease ") and len(app.store.conversation("anna", conversation.id).messages) == 2
+    events = reply.ring.after(0)
+    assert events[-1].type == "end" and events[-1].data["text"] == "Please tell me more"
+    assert chat.impersonate(app, ANNA, None, "").finished.wait(WAIT)
+
+
+def test_removing_can_be_taken_back(app):
+    conversation = say(app, "Two", say(app, "One").id)
+    before = app.store.conversation("anna", conversation.id)
+    number = archive.remove(app, ANNA, conversation.id, conversation.path()[2].id)
+    assert [m.text for m in app.store.conversation("anna", conversation.id).path()] == ["One", "Hello world"]
+    assert archive.undo(app, ANNA, [number]) == [conversation.id]
+    assert app.store.conversation("anna", conversation.id) == before
+    with pytest.raises(NotFound):
+        archive.undo(app, BERT, archive.delete(app, ANNA, [conversation.id]))
+
+
+def test_a_branch_is_a_chat_of_its_own(app):
+    conversation = say(app, "Two", say(app, "One").id)
+    made = archive.branch(app, ANNA, conversation.id, conversation.path()[1].id)
+    assert [m.text for m in app.store.conversation("anna", made.id).path()] == ["One", "Hello world"] and made.id != conversation.id
+    say(app, "Other", made.id)
+    assert len(app.store.conversation("anna", conversation.id).messages) == 4
+
+
+def test_an_incognito_chat_is_never_on_disk(app, tmp_path):
+    turn = finish(chat.reply(app, ANNA, None, "My secret is xyzzy", incognito=True))
+    id = turn.conversation.id
+    assert id.startswith("incognito-") and app.store.conversations("anna").items == ()
+    finish(chat.reply(app, ANNA, id, "And plugh"))
+    archive.change_values(app, ANNA, id, {"custom_system_message": "whisper frobozz"})
+    assert len(app.incognito.conversation("anna", id).messages) == 4
+    assert app.sessions.get(ANNA.session).chat.custom_system_message == ""
+    with pytest.raises(NotFound):
+        app.incognito.conversation("bert", id)
+    for word in (b"xyzzy", b"plugh", b"frobozz"):
+        assert not any(word in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert archive.delete(app, ANNA, [id]) == []
+
+
+# --- explain and repeat -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_is_explained_and_repeated(app, backend):
+    app.sessions.change(ANNA.session, {"temperature": 0.5, "seed": 7})
+    conversation = say(app, "Hi")
+    told = revisit.explained(app, ANNA, conversation.id, conversation.tip)
+    assert told["prompt"] == prompt(backend) and told["prompt_tokens"] == len(told["prompt"]) and told["seed"] == 7
+    assert told["parameters"]["temperature"] == 0.5 and told["model"] == "model.fake" and told["repeatable"], told["why_not"]
+    assert [id for id, _, _ in told["tokens"]] == [1, 2]
+    app.sessions.change(ANNA.session, {"temperature": 1.5, "seed": 9})
+    finish(chat.repeat(app, ANNA, conversation.id, conversation.tip))
+    first, second = backend.requests
+    assert (second.prompt, second.sampling, second.seed, second.stop) == (first.prompt, first.sampling, first.seed, first.stop)
+    app.models.load(app.models.choose("model.fake"))
+    with pytest.raises(NotFound):
+        revisit.explained(app, BERT, conversation.id, conversation.tip)
+    with pytest.raises(NotFound, match="Nothing is kept"):
+        revisit.explained(app, ANNA, conversation.id, conversation.path()[0].id)
+
+
+def test_a_reply_goes_on_from_another_token(app, backend):
+    conversation = say(app, "Hi")
+    backend.script = [" there"]
+    turn = finish(chat.resume(app, ANNA, conversation.id, conversation.tip, 1, ord("!")))
+    assert backend.requests[-1].prompt == (*backend.requests[0].prompt, 1, ord("!"))
+    assert turn.replies[0].message.text == chr(1) + "! there"
+    told = revisit.explained(app, ANNA, conversation.id, turn.messages[0].id)
+    assert [id for id, _, _ in told["tokens"]] == [1, ord("!"), 1] and told["prompt"] == prompt(backend, 0)
+    assert app.store.conversation("anna", conversation.id).siblings(conversation.tip) == (conversation.tip, turn.messages[0].id)
+
+
+def test_what_was_continued_is_explained_too(app, backend):
+    conversation = say(app, "Hi")
+    finish(chat.continue_reply(app, ANNA, conversation.id, conversation.tip))
+    told = revisit.explained(app, ANNA, conversation.id, conversation.tip)
+    assert told["prompt"] == prompt(backend) and told["prompt"].endswith("Hello world") and told["start"] == len("Hello world")
+
+
+# --- a full context ---------------------------------------------------------------------------------------------------------------------
+
+
+def full(app, backend, way):
+    backend.context_length = 1200
+    app.sessions.change(ANNA.session, {"max_new_tokens": 100, "context_full": way})
+    backend.script = ["y" * 150]
+    conversation = say(app, "first " + "x" * 150)
+    for number in range(3):
+        conversation = say(app, f"number {number} " + "z" * 100, conversation.id)
+    return conversation
+
+
+def test_a_full_context_can_stop_the_chat(app, backend):
+    with pytest.raises(PromptTooLong, match="Choose another way"):
+        for _ in range(4):
+            full(app, backend, "stop")
+            backend.context_length -= 200
+
+
+def test_the_oldest_messages_can_be_summarised(app, backend):
+    conversation = full(app, backend, "summarise")
+    asked = len(backend.requests)
+    backend.script = ["A short tale"]
+    for _ in range(6):
+        conversation = say(app, "go on " + "w" * 150, conversation.id)
+        if app.store.summary("anna", conversation.id):
+            break
+    summary = app.store.summary("anna", conversation.id)
+    assert summary["text"] == "A short tale" and summary["after"] in conversation.messages
+    assert any("number 0" in prompt(backend, n) and "Write a summary" in prompt(backend, n) for n in range(asked, len(backend.requests)))
+    assert "A short tale" in prompt(backend) and "first x" not in prompt(backend)
+    archive.summarise(app, ANNA, conversation.id, "Mine")
+    say(app, "next", conversation.id)
+    assert "in short:\nMine<" in prompt(backend) and "in short:\nA short tale" not in prompt(backend)
+    archive.summarise(app, ANNA, conversation.id, " ")
+    assert app.store.summary("anna", conversation.id) is None
+
+
+def test_a_pinned_message_stays_in_the_prompt(app, backend):
+    conversation = full(app, backend, "drop")
+    archive.pin_message(app, ANNA, conversation.id, conversation.path()[0].id, True)
+    for _ in range(4):
+        conversation = say(app, "go on " + "w" * 150, conversation.id)
+    assert "first x" in prompt(backend) and "number 0" not in prompt(backend)
+
+
+# --- titles by the model ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_names_a_new_chat_if_wanted(app, backend):
+    app.sessions.change(ANNA.session, {"title_by_model": True})
+    backend.script = ['"Greetings"']
+    conversation = say(app, "Hi there, my friend")
+    until(lambda: app.store.info("anna", conversation.id).title == "Greetings")
+    say(app, "Again", conversation.id)
+    assert len(backend.requests) == 3

@@ -65,7 +65,7 @@ DOCUMENTED = {
         "<|return|>",
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\n"
         "Reasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
-        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>One?<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>One?<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Un.<|end|><|start|>user<|message|>Two?<|end|><|start|>assistant",
         "<|end|>",
     ),
@@ -136,6 +136,18 @@ def test_turns_end_although_the_model_names_no_end_token(name):
     assert stop_strings(ChatTemplate(SHIPPED[name])) == (DOCUMENTED[name][3],)
 
 
+TRIMMED = ("Command-R", "Gemma", "Llama 2", "Llama 3", "Mistral")
+"""As the models' own templates do; Mistral's only the assistant's texts."""
+
+
+@pytest.mark.parametrize("name", TRIMMED)
+def test_texts_are_trimmed_where_the_models_own_template_trims(name):
+    answer = PromptMessage("assistant", " Un. \n")
+    assert shipped(name).render([USER, answer, NEXT]) == shipped(name).render([USER, REPLY, NEXT])
+    if name != "Mistral":
+        assert shipped(name).render([PromptMessage("user", "\n One? ")]) == shipped(name).render([USER])
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("text", ["One, ", "", "a\n", " lead", "{{ x }} <|im_end|>"])
 def test_a_reply_is_continued(name, text):
@@ -143,7 +155,7 @@ def test_a_reply_is_continued(name, text):
     opened = shipped(name).render([SYSTEM, USER], add_generation_prompt=True)
     start = opened + {"GPT-OSS": "<|channel|>final<|message|>"}.get(name, "")
     space = " " if name in ("Llama 2", "Mistral", "OpenChat", "Vicuna") else ""  # part of the reply's first token, so not in the opening
-    assert prompt == start + space + text
+    assert prompt == start + space + (text.lstrip() if name in TRIMMED else text)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

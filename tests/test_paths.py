@@ -187,6 +187,17 @@ def test_the_folders_of_user_data(tmp_path):
     assert names == {"conversations.sqlite3", "sessions.json", "settings.yaml", "CMD_FLAGS.txt", ".lock"}
 
 
+def test_folders_and_files_that_earlier_systems_have_are_where_those_have_them(tmp_path):
+    data = UserData(tmp_path / "ud")
+    data.create()
+    made = {path.name for path in data.root.iterdir()}
+    library = {"characters", "users", "presets", "instruction-templates", "grammars", "prompts", "css"}
+    assert made == library | {"models", "loras", "mmproj", "cache"}
+    found = {data.characters, data.users, data.presets, data.instruction_templates, data.grammars, data.prompts, data.css}
+    assert found == {data.root / name for name in library}
+    assert (data.logs, data.notification) == (data.root / "logs", data.root / "notification.mp3")  # only read: never made
+
+
 def test_model_path_needs_an_existing_model(tmp_path):
     data = UserData(tmp_path)
     data.create()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from modules import store as store_module
 from modules.conversation import Conversation, Message, new_id
 from modules.errors import Busy, DataError, NotFound, UserError
-from modules.store import MAX_SESSIONS, MAX_TITLE, MIGRATIONS, Store, clean_title, match_expression, title_from
+from modules.store import MAX_SESSIONS, MAX_TITLE, MIGRATIONS, Store, clean_title, database, lists, title_from
+from modules.store.words import match_expression
 
 ANNA, BERT = "anna", "bert"
 
@@ -465,7 +466,7 @@ def test_deleted_and_renamed_words_are_gone_from_the_index(store: Store, path: P
 
 
 def test_a_conversation_full_of_the_word_cannot_make_the_search_long(store: Store, monkeypatch):
-    monkeypatch.setattr(store_module, "_MAX_HITS", 5)
+    monkeypatch.setattr(lists, "_MAX_HITS", 5)
     older = say(store, "x", "apple", title="t")
     newer = say(store, *["apple"] * 10, title="t")
     assert found(store, "apple") == {newer.id}
@@ -489,6 +490,18 @@ def test_another_owners_conversation_is_as_if_absent(store: Store):
             lambda owner=owner, id=id: store.show(owner, id, tip),
             lambda owner=owner, id=id: store.rename(owner, id, "hacked"),
             lambda owner=owner, id=id: store.delete(owner, id),
+            lambda owner=owner, id=id: store.remove(owner, id, tip),
+            lambda owner=owner, id=id: store.pin_message(owner, id, tip, True),
+            lambda owner=owner, id=id: store.copy_branch(owner, id, tip),
+            lambda owner=owner, id=id: store.tree(owner, id),
+            lambda owner=owner, id=id: store.arrange(owner, [id], folder="x"),
+            lambda owner=owner, id=id: store.settings(owner, id),
+            lambda owner=owner, id=id: store.set_settings(owner, id, {"a": 1}),
+            lambda owner=owner, id=id: store.summary(owner, id),
+            lambda owner=owner, id=id: store.set_summary(owner, id, {"a": 1}),
+            lambda owner=owner, id=id: store.draft(owner, id),
+            lambda owner=owner, id=id: store.save_draft(owner, id, "x"),
+            lambda owner=owner, id=id: store.explanations(owner, id, [tip]),
         )
         messages = set()
         for attempt in attempts:
@@ -594,8 +607,8 @@ def test_dead_threads_leave_no_connections(store: Store, path: Path):
         thread.start()
         thread.join(10)
     gc.collect()
-    connections = [o for o in gc.get_objects() if isinstance(o, store_module._Connection)]
-    assert 0 < sum(c.execute("PRAGMA database_list").fetchone()["file"] == str(path) for c in connections) <= 1 + store_module._READERS
+    connections = [o for o in gc.get_objects() if isinstance(o, database.Connection)]
+    assert 0 < sum(c.execute("PRAGMA database_list").fetchone()["file"] == str(path) for c in connections) <= 1 + database.READERS
 
 
 def test_readers_do_not_wait_for_the_writer(store: Store):
@@ -606,10 +619,10 @@ def test_readers_do_not_wait_for_the_writer(store: Store):
 
 
 def test_no_connection_comes_free(store: Store, monkeypatch):
-    monkeypatch.setattr(store_module, "_WAIT", 0.01)
+    monkeypatch.setattr(database, "_WAIT", 0.01)
     with store._writing(), pytest.raises(Busy):
         store.create(ANNA)
-    taken = [store._readers.get(timeout=1) for _ in range(store_module._READERS)]
+    taken = [store._readers.get(timeout=1) for _ in range(database.READERS)]
     with pytest.raises(Busy):
         store.conversations(ANNA)
     for reader in taken:
@@ -688,7 +701,7 @@ def test_a_disk_that_refuses_is_a_named_error_and_what_was_there_stays(store: St
 
 
 def test_a_lock_of_another_program_is_a_named_error(path: Path, monkeypatch):
-    monkeypatch.setattr(store_module, "_BUSY", 0.01)
+    monkeypatch.setattr(database, "_BUSY", 0.01)
     store = Store.open(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -709,47 +722,90 @@ def test_an_unknown_error_of_sqlite_is_still_a_user_error(store: Store):
 
 # Migrations
 
-_SECOND = "ALTER TABLE conversations ADD COLUMN folder TEXT NOT NULL DEFAULT 'inbox'"
+_NEXT = "ALTER TABLE conversations ADD COLUMN colour TEXT NOT NULL DEFAULT 'blue'"
+_NEWER = len(MIGRATIONS) + 1
 
 
 @pytest.fixture
-def first_version(path: Path) -> str:
-    """A file of schema 1 with one conversation; its id."""
-    store = Store.open(path, MIGRATIONS[:1])
+def former(path: Path) -> str:
+    """A file of the schema of today with one conversation; its id."""
+    store = Store.open(path)
     conversation = say(store, "old words")
     store.close()
     return conversation.id
 
 
-def test_a_migration_keeps_a_copy_and_the_data(path: Path, first_version: str):
-    store = Store.open(path, (*MIGRATIONS[:1], _SECOND))
-    assert found(store, "words") == {first_version}
-    assert store._writer.execute("SELECT folder FROM conversations").fetchone()[0] == "inbox"
+def test_a_migration_keeps_a_copy_and_the_data(path: Path, former: str):
+    store = Store.open(path, (*MIGRATIONS, _NEXT))
+    assert found(store, "words") == {former}
+    assert store._writer.execute("SELECT colour FROM conversations").fetchone()[0] == "blue"
     store.close()
-    copy = path.with_name("conversations.sqlite3.before-v2")
-    former = shutil.copy(copy, path.with_name("former.sqlite3"))
-    store = Store.open(Path(former), MIGRATIONS[:1])
-    assert found(store, "words") == {first_version}
+    copy = path.with_name(f"conversations.sqlite3.before-v{_NEWER}")
+    another = shutil.copy(copy, path.with_name("former.sqlite3"))
+    store = Store.open(Path(another))
+    assert found(store, "words") == {former}
     store.close()
     written = copy.read_bytes()
-    Store.open(path, (*MIGRATIONS[:1], _SECOND)).close()
+    Store.open(path, (*MIGRATIONS, _NEXT)).close()
     assert copy.read_bytes() == written
     assert sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name)) == [path.name, copy.name]
 
 
-def test_a_migration_that_fails_changes_nothing_and_names_the_copy(path: Path, first_version: str):
-    with pytest.raises(DataError, match=r"before-v3") as error:
-        Store.open(path, (*MIGRATIONS[:1], _SECOND, "CREATE TABLE half (a); SELECT * FROM absent"))
+def test_a_migration_that_fails_changes_nothing_and_names_the_copy(path: Path, former: str):
+    with pytest.raises(DataError, match=f"before-v{_NEWER + 1}") as error:
+        Store.open(path, (*MIGRATIONS, _NEXT, "CREATE TABLE half (a); SELECT * FROM absent"))
     assert "unchanged" in str(error.value)
     raw = sqlite3.connect(path)
-    assert raw.execute("PRAGMA user_version").fetchone() == (1,)
+    assert raw.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     assert raw.execute("SELECT count(*) FROM sqlite_master WHERE name = 'half'").fetchone() == (0,)
     raw.close()
-    store = Store.open(path, MIGRATIONS[:1])
-    assert found(store, "words") == {first_version}
+    store = Store.open(path)
+    assert found(store, "words") == {former}
     store.close()
 
 
 def test_a_first_schema_that_fails_is_a_named_error(path: Path):
     with pytest.raises(DataError, match="no such table"):
         Store.open(path, ("SELECT * FROM absent",))
+
+
+_VERSION_1 = """
+    INSERT INTO owners (name) VALUES ('anna'), ('bert');
+    INSERT INTO conversations (id, owner, title, tip, changed, turn) VALUES
+        ('c1', 1, 'Greek letters', 'm3', 20.5, 1), ('c2', 2, '', NULL, 30.5, 2), ('c3', 1, 'Later', 'm4', 40.5, 3);
+    INSERT INTO messages (id, conversation, parent, role, created, state, details, reasoning, text) VALUES
+        ('m1', 1, NULL, 'user', 10.5, 'done', '{}', '', 'What is tau?'),
+        ('m2', 1, 'm1', 'assistant', 11.5, 'stopped', '{"seed":7}', 'hm', 'Half of it'),
+        ('m3', 1, 'm1', 'assistant', 12.5, 'running', '{"model":"m"}', '', 'Two pi'),
+        ('m4', 3, NULL, 'user', 0.0, 'done', '{}', '', 'zebra');
+    INSERT INTO title_index (rowid, owner, text) SELECT number, owner, text FROM title_search;
+    INSERT INTO message_index (rowid, owner, text) SELECT number, owner, text FROM message_search WHERE number <> 3;
+    INSERT INTO sessions VALUES ('key', '{"values":{"temperature":0.5}}', 9.5);
+"""
+
+
+def test_a_file_of_the_first_version_keeps_everything(path: Path):
+    raw = Store._opened(path, MIGRATIONS[:1])
+    raw.executescript(_VERSION_1)
+    raw.close()
+    store = Store.open(path)
+    messages = (
+        Message("m1", None, "user", "What is tau?", "", 10.5),
+        Message("m2", "m1", "assistant", "Half of it", "hm", 11.5, "stopped", {"seed": 7}),
+        Message("m3", "m1", "assistant", "Two pi", "", 12.5, "interrupted", {"model": "m"}),
+    )
+    assert store.conversation(ANNA, "c1") == Conversation("c1", ANNA, "Greek letters", {m.id: m for m in messages}, "m3")
+    assert ids(store.conversations(ANNA)) == ["c3", "c1"]
+    assert [(item.updated, item.created) for item in store.conversations(ANNA).items] == [(40.5, 40.5), (20.5, 10.5)]
+    assert store.conversation(BERT, "c2") == Conversation("c2", BERT)
+    assert (found(store, "tau"), found(store, "greek"), found(store, "two"), found(store, "zebra")) == ({"c1"}, {"c1"}, {"c1"}, {"c3"})
+    assert store.session("key") == {"values": {"temperature": 0.5}}
+    assert store.settings(ANNA, "c1") == {}
+    assert store.summary(ANNA, "c1") is None
+    assert store.folders(ANNA) == ([], [])
+    assert ids(store.conversations(ANNA, folder="")) == ["c3", "c1"]
+    number = store.delete(ANNA, "c1")
+    assert store.restore(ANNA, number) == "c1"
+    assert store._writer.execute("PRAGMA foreign_key_check").fetchall() == []
+    store.close()
+    assert path.with_name("conversations.sqlite3.before-v2").exists()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules.streams import FORMATS, Delta, ReasoningSplitter, ReplyStream, StopStrings
+from modules.streams import FORMATS, Delta, NamePrefix, ReasoningSplitter, ReplyStream, StopStrings, opened_by
 
 GPT = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"
 
@@ -30,8 +30,8 @@ def split(parts, prompt=""):
     return joined([delta for part in parts for delta in stream.feed(part)] + stream.finish())
 
 
-def replied(parts, stops=(), prompt=""):
-    stream = ReplyStream(stops, prompt)
+def replied(parts, stops=(), prompt="", **begun):
+    stream = ReplyStream(stops, prompt, **begun)
     return joined([delta for part in parts for delta in stream.feed(part)] + stream.finish()), stream.matched
 
 
@@ -132,6 +132,88 @@ def test_a_prompt_that_ends_in_a_start_marker_begins_thinking(start):
 
 def test_a_prompt_that_closed_thinking_does_not_begin_it():
     assert split("Yes", prompt="<think>\n\n</think>\n\n") == ("", "Yes")
+
+
+# --- a reply that goes on
+
+
+# Not the format that only a model begins, with the bare word.
+@pytest.mark.parametrize("row", [row for row in FORMATS if row.start != "thought\n"], ids=lambda row: row.start)
+@pytest.mark.parametrize("thought", ["I think", "\nI think", "x " * 500])
+def test_unfinished_thinking_goes_on_inside_it_and_keeps_its_line_breaks(row, thought):
+    prompt = f"user: what does <think> mean?\n{row.start}{thought.lstrip()}"  # a template may drop the line break before thinking
+    text = f"\n\nand more{row.end}{row.content}\nanswer"
+    assert replied(text, prompt=prompt, reasoning=thought) == replied([text], prompt=prompt, reasoning=thought)
+    assert replied([text], prompt=prompt, reasoning=thought)[0] == ("\n\nand more", "answer")
+
+
+def test_unfinished_thinking_whose_beginning_the_prompt_does_not_show():
+    assert replied(["more</think>answer"], prompt="bot: so", reasoning="so")[0] == ("more", "answer")
+
+
+@pytest.mark.parametrize("text", ["<think>x</think>y", " thought\nthat", GPT])
+def test_an_answer_that_goes_on_begins_no_thinking(text):
+    assert replied([text], prompt="bot: He said what he", text="He said what he")[0] == ("", text)
+    assert replied([text], prompt="bot: <think>", text="so", reasoning="hm")[0] == ("", text)
+
+
+def test_which_format_a_prompt_has_begun():
+    assert opened_by("a\n<seed:think>\n").end == "</seed:think>"
+    assert opened_by("what is <think> for?") is None
+
+
+# --- names before a reply
+
+
+def named(parts, names=("Bob", "Anna")):
+    stream = NamePrefix(names)
+    return "".join(stream.feed(part) for part in parts) + stream.finish()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        (" \n", ""),
+        ("Hi", "Hi"),
+        (" Hi \n", "Hi \n"),
+        ("Bob: Hi", "Hi"),
+        ("\n Bob:\n\nHi", "Hi"),
+        ("Anna: Bob: Hi", "Bob: Hi"),  # one only
+        ("Bob", "Bob"),
+        ("Bob and Anna: hi", "Bob and Anna: hi"),
+        ("bob: hi", "bob: hi"),
+        ("Bob:", ""),
+        ("Bo Anna: x", "Bo Anna: x"),
+    ],
+)
+def test_the_name_before_a_text_is_taken_away(text, shown):
+    assert named([text]) == named(text) == shown
+
+
+def test_only_a_possible_name_is_withheld():
+    stream = NamePrefix(["Bob"])
+    assert stream.feed("  Bo") == ""
+    assert stream.feed("ring") == "Boring"
+    assert stream.feed(" Bob: ") == " Bob: "
+
+
+@given(st.text("Bob: n\n", max_size=12), st.lists(st.integers(0, 12)), st.lists(st.sampled_from(["Bob", "B", "Bob: n", "", "o"])))
+def test_any_cutting_takes_the_same_name_away(text, cuts, names):
+    assert named(pieces(text, cuts), names) == named([text], names) == named(text, names)
+
+
+def test_names_are_taken_away_before_stop_strings_act():
+    assert replied("<think>Bob: hm</think>\n\nBob: Hi\nBob: no", ["\nBob:"], names=["Bob"]) == (("Bob: hm", "Hi"), "\nBob:")
+    assert replied("\nBob: Hi", ["\nBob:"], names=["Bob"]) == (("", "Hi"), "")
+    assert replied("Bo", ["\nBob:"], names=["Bob"]) == (("", "Bo"), "")
+    assert replied(" Bob: Hi", names=["Bob"], text="So") == (("", " Bob: Hi"), "")  # goes on
+
+
+@given(st.text("ABb: \n", max_size=20), st.lists(st.integers(0, 20)))
+def test_any_cutting_gives_the_same_reply_with_names(text, cuts):
+    stops, names = ["\nA:", "\nB:"], ["B", "A"]
+    assert replied(pieces(text, cuts), stops, names=names) == replied([text], stops, names=names) == replied(text, stops, names=names)
 
 
 def test_the_start_marker_is_withheld_while_it_may_still_come():

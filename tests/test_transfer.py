@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -583,7 +584,7 @@ def test_changed_values(data):
         place = data.draw(st.sampled_from(places))
         key = data.draw(st.sampled_from(list(place))) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
         if data.draw(st.booleans()):
-            place[key] = data.draw(odd)
+            place[key] = deepcopy(data.draw(odd))  # what is changed next may be within it
         else:
             del place[key]
     check_any(lines(*sample) if is_lines else json.dumps(sample).encode())

@@ -87,6 +87,8 @@ class GenerationRequest:
     """A JSON schema that the text must satisfy, with "grammar"; not together with `sampling.grammar_string`."""
     logprobs: int = 0
     """How many alternatives to report for each token; 0: none."""
+    chosen_logprob: bool = False
+    """Report the log-probability of each chosen token, without alternatives and texts: that costs next to nothing. For backends with "logprobs"."""
     prompt_logprobs: int | None = None
     """Report the prompt's own tokens too, each with so many alternatives. The prompt is then computed whole, without the cache."""
     client: str = ""
@@ -96,7 +98,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability (natural) of a chosen token before samplers, and the `top` alternatives, best first."""
+    """Log-probability (natural) of a chosen token before samplers, and the `top` alternatives, best first. `text` may be empty without them."""
 
     token: int
     text: str

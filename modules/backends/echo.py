@@ -1,18 +1,19 @@
 """Echo: a backend that speaks from a script instead of a model, so that the page, the API and the tests run without weights.
 
 As a loader it takes text files that end in `.echo`: their text is every reply, word by word; an empty file repeats the prompt.
-Its tokens are the bytes of UTF-8.
+Its tokens are the bytes of UTF-8. The probabilities it tells are made up: the same for a byte wherever it stands.
 """
 
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-from modules.backends.base import Backend, CancelToken, Chunk, FinishReason, GenerationRequest, Loader, Progress, Timings
+from modules.backends.base import Backend, CancelToken, Chunk, FinishReason, GenerationRequest, Loader, Progress, Timings, TokenLogprob
 from modules.errors import EngineDied, ModelError, NoModel, PromptError, PromptTooLong
 from modules.options import Options, knob
 
@@ -33,7 +34,7 @@ class EchoBackend:
         self.context_length = context_length
         self.chat_template = chat_template
         self.bos_token = self.eos_token = ""
-        self.features: frozenset[str] = frozenset({"generate", "parallel"})
+        self.features: frozenset[str] = frozenset({"generate", "parallel", "logprobs"})
         self._script = script
         self._unloaded = False
 
@@ -50,19 +51,20 @@ class EchoBackend:
 
     def generate(self, request: GenerationRequest) -> Iterator[Chunk]:
         """See `Backend.generate`."""
-        prompt = len(self.encode(request.prompt) if isinstance(request.prompt, str) else self.encode(self.decode(request.prompt)))
+        asked = self.encode(request.prompt) if isinstance(request.prompt, str) else self.encode(self.decode(request.prompt))
+        prompt = len(asked)
         if prompt > self.context_length:
             raise PromptTooLong(f"The prompt has {prompt} tokens and the context holds {self.context_length}. Shorten it.")
         room = self.context_length - prompt
         limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
-        yield Chunk(prompt_tokens=prompt, prefill_done=prompt)
+        yield Chunk(prompt_tokens=prompt, prefill_done=prompt, prompt_logprobs=_of_prompt(asked, request.prompt_logprobs))
         text = codecs.getincrementaldecoder("utf-8")("replace")
         done = 0
         for piece in self._pieces(request):
             data = piece[: limit - done]
             done += len(data)
             if data:
-                yield Chunk(text.decode(data), tuple(data), completion_tokens=done)
+                yield Chunk(text.decode(data), tuple(data), completion_tokens=done, logprobs=_of_reply(data, request))
             if len(data) < len(piece) or request.cancel.cancelled:
                 break
         reason: FinishReason = "cancelled" if request.cancel.cancelled else "length" if done >= limit else "stop"
@@ -90,6 +92,34 @@ class EchoBackend:
     def unload(self) -> None:
         """Running generations end with EngineDied."""
         self._unloaded = True
+
+
+def _of_prompt(tokens: list[int], alternatives: int | None) -> tuple[TokenLogprob, ...]:
+    return () if alternatives is None else tuple(_logprob(token, alternatives) for token in tokens[1:])
+
+
+def _of_reply(data: bytes, request: GenerationRequest) -> tuple[TokenLogprob, ...]:
+    if request.logprobs:
+        return tuple(_logprob(byte, request.logprobs) for byte in data)
+    return tuple(TokenLogprob(byte, "", _probabilities(byte)[byte]) for byte in data) if request.chosen_logprob else ()
+
+
+def _logprob(byte: int, alternatives: int) -> TokenLogprob:
+    known = _probabilities(byte)
+    best = sorted(known, key=lambda other: -known[other])[:alternatives]
+    return TokenLogprob(byte, _shown(byte), known[byte], tuple((other, _shown(other), known[other]) for other in best))
+
+
+def _probabilities(byte: int) -> dict[int, float]:
+    """Log-probabilities of `byte` and 25 letters: its own between 1 and 98 %, each of the others half of the one before."""
+    own = 0.01 + 0.97 * (byte * 37 % 64) / 63
+    letters = [97 + (byte + place) % 26 for place in range(26)]
+    others = [letter for letter in letters if letter != byte][:25]
+    return {byte: math.log(own)} | {letter: math.log((1 - own) / 2**place) for place, letter in enumerate(others, 1)}
+
+
+def _shown(byte: int) -> str:
+    return bytes([byte]).decode("utf-8", "replace")
 
 
 def words(text: str, delay: float = 0.0) -> Script:

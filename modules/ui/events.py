@@ -18,7 +18,8 @@ from modules.app import App
 from modules.auth import Auth, Identity
 from modules.errors import NotFound
 from modules.replies import Reply
-from modules.ui.views import info_view, message_view, status_view
+from modules.ui.branches import message_views, status_now
+from modules.ui.views import info_view, message_view
 
 PING_SECONDS = 15.0
 MAX_FOLLOWED = 32
@@ -50,9 +51,9 @@ class Tab:
         self._conversation = conversation if isinstance(conversation, str) else None
         wanted = list(replies.items())[:MAX_FOLLOWED] if isinstance(replies, dict) else []
         self._cursors = {str(key): event for key, event in wanted if isinstance(event, int)}
-        running = self._app.replies.running(self._conversation) if self._conversation else None
-        if running and running.owner == self._who.owner:
-            self._cursors.setdefault(running.id, 0)
+        for running in self._app.replies.running(self._conversation) if self._conversation else ():
+            if running.owner == self._who.owner:
+                self._cursors.setdefault(running.id, 0)
 
     def news(self) -> Iterator[dict[str, Any]]:
         """Everything new since the last call, oldest first. One thread at a time."""
@@ -65,7 +66,7 @@ class Tab:
             yield from self._reply(reply)
 
     def _model(self) -> Iterator[dict[str, Any]]:
-        status = status_view(self._app.models.status())
+        status = status_now(self._app)
         if {**status, "memory": None} != {**self._status, "memory": None}:
             self._status = status
             yield {"type": "model", "status": status}
@@ -87,21 +88,22 @@ class Tab:
             if type == "deleted":
                 return {"type": "conversations", "changed": [], "deleted": [data["id"]]}
             if type == "conversation":
-                info = self._app.store.info(self._who.owner, data["id"])
-                running = self._app.replies.running(info.id) is not None
+                info = self._app.store_of(data["id"]).info(self._who.owner, data["id"])
+                running = bool(self._app.replies.running(info.id))
                 return {"type": "conversations", "changed": [info_view(info, running)], "deleted": []}
             if data["conversation"] != self._conversation:
                 return None
             if type == "started":
-                self._cursors.setdefault(data["messages"][-1], 0)
-                return {"type": "started", "conversation": self._conversation, "messages": self._views(data["messages"])}
+                for running in data["running"]:
+                    self._cursors.setdefault(running, 0)
+                return {
+                    "type": "started",
+                    "conversation": self._conversation,
+                    "messages": message_views(self._app, self._who, data["conversation"], data["messages"]),
+                }
             return {"type": type, **data}
         except NotFound:  # deleted meanwhile; that is told too
             return None
-
-    def _views(self, ids: list[str]) -> list[dict[str, Any]]:
-        page = self._app.store.messages(self._who.owner, self._conversation or "", limit=len(ids))
-        return [message_view(self._app.replies.now(m.message), m.versions) for m in page.items if m.message.id in ids]
 
     def _reply(self, id: str) -> Iterator[dict[str, Any]]:
         reply = self._app.replies.get(self._who.owner, id)
@@ -127,7 +129,7 @@ class Tab:
     def _finished(self, id: str) -> Iterator[dict[str, Any]]:
         """A reply that this server does not run: its message as it was saved."""
         try:
-            message = self._app.store.conversation(self._who.owner, self._conversation or "")[id]
+            message = self._app.store_of(self._conversation).conversation(self._who.owner, self._conversation or "")[id]
         except NotFound:
             return
         yield {"type": "end", "reply": id, "event": 0, "message": message_view(message)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import gradio
 import uvicorn
@@ -13,13 +14,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from modules import system
+from modules import system, transfer
 from modules.app import App
 from modules.auth import Auth
 from modules.errors import Busy, InUse, SettingsError, UserError
 from modules.guard import ASGIApp, Guard, Hosts, Message, Receive, Scope, Send
 from modules.log import logger
 from modules.settings import Settings
+from modules.ui.branches import shown_values
 from modules.ui.login import login_router
 from modules.ui.page import appearance, build_page
 from modules.ui.routes import build_router
@@ -37,7 +39,11 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
     api.include_router(build_router(app, auth))
     _add_errors(api)
     api.add_middleware(BodyLimit)
-    page = build_page(app, lambda request: app.sessions.get(auth.need(request).session).values())
+
+    def session_values(request: Any, conversation: str = "") -> dict[str, Any]:
+        return shown_values(app, auth.need(request), conversation)
+
+    page = build_page(app, session_values)
     gradio.mount_gradio_app(
         api,
         page,
@@ -77,21 +83,21 @@ def _add_errors(api: FastAPI) -> None:
 
 
 class BodyLimit:
-    """ASGI middleware: a body of more than MAX_BODY_BYTES is not read to its end; its route answers 413."""
+    """ASGI middleware: a body of more than MAX_BODY_BYTES (of an import: its own limit) is not read to its end; its route answers 413."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count what the route receives. A route that reads no body is not disturbed by a long one."""
-        taken = 0
+        taken, most = 0, transfer.MAX_BYTES if scope.get("path", "").endswith("/chat/import") else MAX_BODY_BYTES
 
         async def counted() -> Message:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > MAX_BODY_BYTES:
-                raise HTTPException(413, f"a request of more than {MAX_BODY_BYTES >> 20} MB. Send less at once")
+            if taken > most:
+                raise HTTPException(413, f"a request of more than {most >> 20} MB. Send less at once")
             return message
 
         await self.app(scope, counted if scope["type"] == "http" else receive, send)

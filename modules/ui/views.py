@@ -9,26 +9,34 @@ from modules.backends.base import EngineStats
 from modules.conversation import Message
 from modules.models import ModelStatus
 from modules.replies import Stats
-from modules.store import ConversationInfo
+from modules.store import INCOGNITO, ConversationInfo
 from modules.ui.render import BlockRenderer, BlockUpdate, render_blocks, render_plain
 
 
 def message_view(message: Message, versions: Sequence[str] = (), blocks: Callable[[str], list[str]] = render_blocks) -> dict[str, Any]:
     """MessageView. A user's text is shown as typed, an assistant's as Markdown."""
-    stats = message.details.get("stats")
+    stats, details = message.details.get("stats"), message.details
+    known = Stats(**stats) if stats else None
     return {
         "id": message.id,
+        "parent": message.parent,
         "role": message.role,
+        "name": details.get("name"),
         "blocks": [render_plain(message.text)] if message.role == "user" else blocks(message.text),
         "reasoning": blocks(message.reasoning),
         "text": message.text,
         "state": message.state,
         "versions": list(versions) or [message.id],
-        "stats": stats_view(Stats(**stats), message.details.get("seed")) if stats else None,
-        "error": message.details.get("error"),
+        "stats": stats_view(known, details.get("seed")) if known else None,
+        "error": details.get("error"),
         "created": message.created,
-        "model": message.details.get("model"),
-        "dropped_messages": message.details.get("dropped_messages", 0),
+        "model": details.get("model"),
+        "dropped_messages": details.get("dropped_messages", 0),
+        "pinned": bool(details.get("pinned")),
+        "greeting": bool(details.get("greeting")),
+        "group": None if details.get("chosen") else details.get("group"),
+        "reasoning_tokens": known.reasoning_tokens if known else None,
+        "explained": message.role == "assistant" and "seed" in details,
     }
 
 
@@ -47,18 +55,29 @@ def stats_view(stats: Stats, seed: int | None = None) -> dict[str, Any]:
         "draft_tokens": stats.draft_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "seed": seed,
+        "reasoning_tokens": stats.reasoning_tokens,
         "finish_reason": stats.finish_reason,
     }
 
 
 def info_view(info: ConversationInfo, running: bool) -> dict[str, Any]:
     """One line of the conversation list."""
-    return {"id": info.id, "title": info.title, "updated": info.updated, "snippet": [list(piece) for piece in info.snippet], "running": running}
+    return {
+        "id": info.id,
+        "title": info.title,
+        "updated": info.updated,
+        "snippet": [list(piece) for piece in info.snippet],
+        "running": running,
+        "folder": info.folder,
+        "pinned": info.pinned,
+        "tags": list(info.tags),
+        "incognito": info.id.startswith(INCOGNITO),
+    }
 
 
-def status_view(status: ModelStatus) -> dict[str, Any]:
-    """ModelStatus."""
-    return vars(status) | {"samplers": list(status.samplers)}
+def status_view(status: ModelStatus, thinking: Sequence[str] = ()) -> dict[str, Any]:
+    """ModelStatus, and which of the thinking options the template in use knows."""
+    return vars(status) | {"samplers": list(status.samplers), "thinking": list(thinking)}
 
 
 def engine_view(stats: EngineStats) -> dict[str, Any]:
@@ -103,7 +122,7 @@ class BlockPresenter:
 
     def _counts(self, stats: Stats) -> dict[str, Any]:
         prefill = [stats.prefill_done, stats.prompt_tokens] if not stats.tokens and stats.prompt_tokens else None
-        return {"stats": stats_view(stats), "prefill": prefill, "queue": stats.queue_position}
+        return {"stats": stats_view(stats), "prefill": prefill, "queue": stats.queue_position, "note": stats.note}
 
 
 def _changes(updates: Sequence[BlockUpdate]) -> list[list[Any]]:

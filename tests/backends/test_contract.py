@@ -147,6 +147,17 @@ def test_probabilities(backend):
     assert not any(chunk.logprobs or chunk.prompt_logprobs for chunk in run(backend))
 
 
+def test_the_probabilities_of_the_chosen_tokens_alone(backend):
+    if "logprobs" not in backend.features:
+        pytest.skip("it has none")
+    chunks, whole = run(backend, chosen_logprob=True, prompt_logprobs=0), run(backend, logprobs=2, prompt_logprobs=0)
+    found = [entry for chunk in chunks for entry in chunk.logprobs]
+    assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks) and not any(entry.top for entry in found)
+    assert [entry.token for entry in found] == [token for chunk in chunks for token in chunk.token_ids]
+    for one, other in zip(found, [entry for chunk in whole for entry in chunk.logprobs], strict=True):
+        assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_prefill(backend):
     if "prefill" not in backend.features:
         pytest.skip("it cannot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -65,6 +66,17 @@ def test_scripts_may_fail_and_engines_may_go():
     with pytest.raises(NoModel):
         list(backend.generate(GenerationRequest("x")))
     assert not backend.alive() and backend.memory() == 0
+
+
+def test_its_probabilities_are_made_up_and_always_the_same():
+    echo = EchoBackend(words("abba"))
+    entries = [entry for chunk in echo.generate(GenerationRequest("x", logprobs=30)) for entry in chunk.logprobs]
+    assert [entry.text for entry in entries] == list("abba") and entries[0] == entries[3] and entries[0].logprob != entries[1].logprob
+    every = EchoBackend(lambda _: ["".join(map(chr, range(128))) + "é"])
+    for entry in (entry for chunk in every.generate(GenerationRequest("x", logprobs=30)) for entry in chunk.logprobs):
+        values = [value for _, _, value in entry.top]
+        assert values == sorted(values, reverse=True) and entry.logprob in values and 0.99 < sum(map(math.exp, values)) <= 1
+        assert 25 <= len(values) == len({token for token, _, _ in entry.top})
 
 
 def test_errors_name_the_fix():

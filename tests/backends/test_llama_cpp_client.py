@@ -159,6 +159,18 @@ def test_logprobs_are_of_the_model_before_samplers(backend):
 
 
 @real_engine
+@pytest.mark.parametrize("sampling", [ENDLESS, NEUTRAL, NEUTRAL.replace({"temperature": 2.0, "top_k": 50, "grammar_string": "root ::= [a-z ]+"})])
+@pytest.mark.parametrize("bias", [(), ((260, 6.0), (262, -4.0))])
+def test_the_chosen_tokens_probability_is_before_samplers_and_biases(backend, sampling, bias):
+    values = {"seed": 5, "max_new_tokens": 24, "logit_bias": bias, "prompt_logprobs": 0}
+    wanted = run(backend, "Once upon a time", sampling, logprobs=1, **values)
+    got = run(backend, "Once upon a time", sampling, chosen_logprob=True, **values)
+    assert tokens_of(got) == tokens_of(wanted) and len(logprobs_of(got)) == len(tokens_of(got)) > 3
+    for one, other in zip(logprobs_of(got), logprobs_of(wanted), strict=True):
+        assert (one.token, one.text, one.top) == (other.token, "", ()) and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@real_engine
 def test_every_sampler_runs_in_the_real_chain(backend):
     values = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.95, "top_n_sigma": 2.0, "xtc_probability": 0.5}
     values |= {"repetition_penalty": 1.1, "repetition_penalty_range": 0, "dry_multiplier": 0.8, "frequency_penalty": 0.1, "presence_penalty": 0.1}

@@ -222,6 +222,8 @@ def test_probabilities_are_probabilities(model):
     found = model.logprobs(len(model.tokenize(b"The capital of France is", False)) - 1)
     assert np.exp(found).sum() == pytest.approx(1) and model.piece(int(found.argmax()), False) == b" Paris"
     assert model.likeliest(len(model.tokenize(b"The capital of France is", False)) - 1) == found.argmax()
+    for token in (int(found.argmax()), int(found.argmin()), 0, len(found) - 1):
+        assert model.logprob(len(model.tokenize(b"The capital of France is", False)) - 1, token) == pytest.approx(found[token], abs=1e-4)
 
 
 @pytest.mark.engine

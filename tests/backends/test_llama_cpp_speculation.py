@@ -186,6 +186,8 @@ def test_probabilities_are_of_the_model_not_of_the_guesser(plain, guessing):
         if one.token != two.token:
             break
         assert one.logprob == pytest.approx(two.logprob, abs=0.1)
+    alone = run(guessing, PROMPTS[0], ENDLESS, max_new_tokens=40, chosen_logprob=True, prompt_logprobs=0)
+    assert [entry.token for entry in logprobs_of(alone)] == tokens_of(alone) and len(tokens_of(alone)) == 40
 
 
 @real_engine

@@ -47,6 +47,12 @@ def rows(tab):
     return tab.locator(".tgw-list li")
 
 
+def delete(tab, row):
+    row.hover()
+    row.locator(".tgw-tools button").click()
+    tab.get_by_role("menuitem", name="Delete").click()
+
+
 def open_tab(tab, name):
     tab.get_by_role("tab", name=name).click()
 
@@ -132,7 +138,7 @@ def test_versions_of_a_reply(live_server, new_tab):
 def test_editing_a_question_asks_it_anew(live_server, new_tab):
     tab = new_tab()
     ask(tab, "Wrnog question")
-    box(tab).press("ArrowUp")
+    box(tab).press("Control+ArrowUp")
     area = tab.locator(".tgw-edit textarea")
     expect(area).to_have_value("Wrnog question")
     area.fill("Right question")
@@ -276,7 +282,7 @@ def test_a_lost_connection_is_told_and_made_again(live_server, new_tab):
     box(tab).fill("typed meanwhile")
     expect(tab.locator(".tgw-banner")).to_be_visible()
     live_server.say(1)
-    until(lambda: live_server.app.replies.running(tab.url.split("#c=")[1]) is None)
+    until(lambda: not live_server.app.replies.running(tab.url.split("#c=")[1]))
     tab.context.set_offline(False)
     expect(tab.locator(".tgw-banner")).to_be_hidden()
     expect(reply(tab).locator(".tgw-body")).to_have_text("Before after")
@@ -317,13 +323,7 @@ def test_rename_search_and_delete(live_server, new_tab):
     expect(rows(tab).first.locator("mark").first).to_have_text("zebras")
     tab.locator(".tgw-search input").fill("")
     expect(rows(tab)).to_have_count(2)
-    rows(tab).first.hover()
-    rows(tab).first.get_by_label("Delete").click()
-    tab.get_by_label("No, keep it").click()
-    expect(rows(tab)).to_have_count(2)
-    rows(tab).first.hover()
-    rows(tab).first.get_by_label("Delete").click()
-    tab.get_by_label("Yes, delete").click()
+    delete(tab, rows(tab).first)
     expect(rows(tab)).to_have_count(1)
     expect(tab.locator(".tgw-welcome")).to_be_visible()  # it was the one shown
     tab.reload()
@@ -339,9 +339,7 @@ def test_the_list_follows_other_tabs(live_server, new_tab):
     second.keyboard.press("Enter")
     expect(rows(first)).to_have_text(["New name"])
     expect(first).to_have_title("New name")
-    rows(second).first.hover()
-    rows(second).first.get_by_label("Delete").click()
-    second.get_by_label("Yes, delete").click()
+    delete(second, rows(second).first)
     expect(rows(first)).to_have_count(0)
     expect(first.locator(".tgw-welcome")).to_be_visible()
 
@@ -568,9 +566,11 @@ def test_the_keyboard_alone(live_server, new_tab):
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("Enter")
     expect(user(tab).locator(".tgw-body")).to_have_text("One")
+    rows(tab).first.locator("a").focus()
     tab.keyboard.press("Delete")
-    expect(tab.get_by_label("No, keep it")).to_be_focused()
-    tab.keyboard.press("Escape")
+    expect(rows(tab)).to_have_count(1)
+    tab.get_by_role("button", name="Undo").focus()
+    tab.keyboard.press("Enter")
     expect(rows(tab)).to_have_count(2)
 
 

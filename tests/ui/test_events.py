@@ -72,7 +72,7 @@ def test_a_tab_that_comes_back_gets_what_it_missed_and_no_more(live, me):
         page.take(tab.until("update", lambda event: event["reply"] == reply))
     last = page.seen[-1]
     live.say(5)
-    until(lambda: live.app.replies.running(conversation).ring.last > last)
+    until(lambda: live.app.replies.running(conversation)[0].ring.last > last)
     with me.tab() as tab:
         tab.follow(conversation, {reply: last})
         first = tab.until("update", lambda event: event["reply"] == reply)
@@ -87,7 +87,7 @@ def test_a_tab_older_than_the_ring_gets_a_snapshot(live, me, monkeypatch):
     monkeypatch.setattr(replies.Ring.__init__, "__defaults__", (3, 0))
     monkeypatch.setattr(replies, "PUBLISH_SECONDS", 0.0)
     conversation, reply = held(live, me)
-    ring = live.app.replies.running(conversation).ring
+    ring = live.app.replies.running(conversation)[0].ring
     for _ in range(12):
         before = ring.last
         live.say()
@@ -241,9 +241,9 @@ def test_a_continued_reply_is_not_mistaken_for_the_one_before(live, me, monkeypa
     live.hold(*"Once again, with many more words than before to be said.")
     me.json("POST", "/chat/continue", {"conversation": conversation, "message": reply, "revision": me.revision}, 202)
     for _ in range(seen + 3):
-        before = live.app.replies.running(conversation).ring.last
+        before = live.app.replies.running(conversation)[0].ring.last
         live.say()
-        until(lambda now=before: live.app.replies.running(conversation).ring.last > now)
+        until(lambda now=before: live.app.replies.running(conversation)[0].ring.last > now)
     with me.tab() as tab:
         tab.follow(conversation, {reply: seen})
         page = Message()
@@ -345,7 +345,7 @@ def test_news_of_what_is_gone_meanwhile_are_left_out(live, me):
     list(tab.news())
     tab.follow({"conversation": "gone"})
     live.app.replies.tell(who.owner, "conversation", {"id": "gone"})
-    live.app.replies.tell(who.owner, "started", {"conversation": "gone", "messages": ["m"]})
+    live.app.replies.tell(who.owner, "started", {"conversation": "gone", "messages": ["m"], "running": ["m"]})
     assert [event["type"] for event in tab.news()] == []
 
 

@@ -122,24 +122,27 @@ def test_rename_and_delete(me):
     assert me.json("PATCH", f"/chat/conversations/{id}", {"title": "  New\n title\u202e "}) == {}
     assert me.json("GET", f"/chat/conversations/{id}")["title"] == "New title"
     me.ended(id)
-    assert me.json("DELETE", f"/chat/conversations/{id}") == {}
+    undo = me.json("DELETE", f"/chat/conversations/{id}")["undo"]
     me.json("GET", f"/chat/conversations/{id}", status=404)
+    assert me.json("GET", "/chat/trash")["items"][0]["undo"] == undo
+    assert me.json("POST", "/chat/undo", {"undo": [undo]}) == {"conversations": [id]}
+    assert me.json("GET", f"/chat/conversations/{id}")["title"] == "New title" and me.json("GET", "/chat/trash")["items"] == []
 
 
 def test_versions_edit_select_continue_and_stop(me, live):
     turn = me.ask("Hi")
     id, first = turn["conversation"]["id"], turn["messages"][1]["id"]
     me.ended(id)
-    second = me.json("POST", "/chat/regenerate", {"conversation": id, "message": first, "revision": 0}, 202)["messages"]
+    second = me.json("POST", "/chat/regenerate", {"conversation": id, "message": first, "revision": me.revision}, 202)["messages"]
     assert [m["role"] for m in second] == ["assistant"] and second[0]["versions"] == [first, second[0]["id"]]
     me.ended(id)
     shown = me.json("POST", "/chat/select", {"conversation": id, "message": first})
     assert [m["id"] for m in shown["messages"]] == [turn["messages"][0]["id"], first] and shown["title"] == "Hi"
-    grown = me.json("POST", "/chat/continue", {"conversation": id, "message": first, "revision": 0}, 202)["messages"]
+    grown = me.json("POST", "/chat/continue", {"conversation": id, "message": first, "revision": me.revision}, 202)["messages"]
     assert grown[0]["id"] == first and me.ended(id)["text"] == "Hello worldHello world"
-    edited = me.json("POST", "/chat/edit", {"conversation": id, "message": first, "text": "Mine", "revision": 0}, 202)["messages"]
+    edited = me.json("POST", "/chat/edit", {"conversation": id, "message": first, "text": "Mine", "revision": me.revision}, 202)["messages"]
     assert [m["text"] for m in edited] == ["Mine"] and len(edited[0]["versions"]) == 3
-    asked = me.json("POST", "/chat/edit", {"conversation": id, "message": turn["messages"][0]["id"], "text": "Ho", "revision": 0}, 202)
+    asked = me.json("POST", "/chat/edit", {"conversation": id, "message": turn["messages"][0]["id"], "text": "Ho", "revision": me.revision}, 202)
     assert [m["role"] for m in asked["messages"]] == ["user", "assistant"] and len(asked["messages"][0]["versions"]) == 2
     me.ended(id)
     live.hold("a", "b", "c")
@@ -191,7 +194,7 @@ def test_nothing_of_another_owner_exists(me, other, live):
     live.say()
     until(lambda: me.messages(id)[-1]["text"] == "a")
     assert other.json("GET", "/chat/conversations")["items"] == other.json("GET", "/chat/conversations?query=mine")["items"] == []
-    where, what = {"conversation": id, "revision": 0}, {"message": reply}
+    where, what = {"conversation": id, "revision": me.revision}, {"message": reply}
     attempts = (
         ("GET", f"/chat/conversations/{id}", None),
         ("GET", f"/chat/conversations/{id}?before={reply}", None),
@@ -222,7 +225,7 @@ def test_a_message_of_another_conversation_is_not_found_in_this_one(me):
     me.ended(one["conversation"]["id"])
     me.ended(two["conversation"]["id"])
     for path in ("regenerate", "continue", "select", "edit"):
-        body = {"conversation": one["conversation"]["id"], "message": two["messages"][1]["id"], "revision": 0, "text": "x"}
+        body = {"conversation": one["conversation"]["id"], "message": two["messages"][1]["id"], "revision": me.revision, "text": "x"}
         me.json("POST", f"/chat/{path}", body, 404)
 
 
@@ -240,7 +243,26 @@ WRITING = (
     ("POST", "/chat/regenerate"),
     ("POST", "/chat/continue"),
     ("POST", "/chat/edit"),
+    ("POST", "/chat/insert"),
+    ("POST", "/chat/impersonate"),
+    ("POST", "/chat/resume"),
+    ("POST", "/chat/repeat"),
+    ("POST", "/chat/alternatives"),
     ("POST", "/chat/select"),
+    ("POST", "/chat/choose"),
+    ("POST", "/chat/pin"),
+    ("POST", "/chat/remove"),
+    ("POST", "/chat/branch"),
+    ("POST", "/chat/arrange"),
+    ("POST", "/chat/delete"),
+    ("POST", "/chat/undo"),
+    ("PATCH", "/chat/summary"),
+    ("PUT", "/chat/draft"),
+    ("POST", "/chat/export"),
+    ("POST", "/chat/import"),
+    ("POST", "/chat/preset"),
+    ("POST", "/chat/character"),
+    ("POST", "/chat/user"),
     ("POST", "/chat/stop"),
     ("PATCH", "/chat/session"),
     ("POST", "/chat/session/save"),
@@ -269,7 +291,7 @@ def test_what_a_foreign_form_can_send_changes_nothing(method, path, me, live):
     "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
 )
 def test_foreign_pages_and_names_are_refused_with_a_cookie_too(headers, me):
-    response = me.post("/chat/messages", json={"conversation": None, "text": "Hi", "revision": 0}, headers=headers)
+    response = me.post("/chat/messages", json={"conversation": None, "text": "Hi", "revision": me.revision}, headers=headers)
     assert response.status_code == 403 and response.json()["error"]["code"] == "AccessDenied"
     if "Origin" not in headers:
         assert me.get("/chat/conversations", headers=headers).status_code == 403
@@ -280,11 +302,13 @@ def test_foreign_pages_and_names_are_refused_with_a_cookie_too(headers, me):
 
 def test_parameters_are_each_browsers_own_and_carry_a_revision(me, other, live):
     begun = me.json("GET", "/chat/session")
-    assert begun["revision"] == 0 and begun["values"]["temperature"] == other.json("GET", "/chat/session")["values"]["temperature"]
-    assert me.json("PATCH", "/chat/session", {"temperature": 0.25, "custom_system_message": "Be brief."}) == {"revision": 1}
+    old = begun["revision"]
+    assert begun["values"]["temperature"] == other.json("GET", "/chat/session")["values"]["temperature"]
+    told = me.json("PATCH", "/chat/session", {"temperature": 0.25, "custom_system_message": "Be brief."})
+    assert told == {"revision": me.revision} and me.revision != old
     assert me.json("GET", "/chat/session")["values"]["temperature"] == 0.25
-    assert other.json("GET", "/chat/session")["revision"] == 0
-    stale = me.json("POST", "/chat/messages", {"conversation": None, "text": "Hi", "revision": 0}, 409)
+    assert other.json("GET", "/chat/session")["revision"] == old
+    stale = me.json("POST", "/chat/messages", {"conversation": None, "text": "Hi", "revision": old}, 409)
     assert stale["error"]["code"] == "StaleRevision" and me.json("GET", "/chat/conversations")["items"] == []
     me.ended(me.ask("Hi")["conversation"]["id"])
     assert live.backend.requests[-1].sampling.temperature == 0.25
@@ -337,7 +361,7 @@ def test_the_defaults_are_saved_and_unknown_keys_stay(new_browser, live, monkeyp
     stored = yaml.safe_load(path.read_text())
     assert stored["my-extension-key"] == 5 and stored["future_key"] == [1, 2] and stored["listen_port"] == 7999
     assert stored["temperature"] == 0.5 and "top_k" not in stored  # this browser has the default, so saving says so
-    assert new_browser().json("GET", "/chat/session") == {"revision": 0, "values": me.json("GET", "/chat/session")["values"]}
+    assert new_browser().json("GET", "/chat/session") == {"revision": me.revision, "values": me.json("GET", "/chat/session")["values"]}
     me.json("PATCH", "/chat/session", {"temperature": 1.0})
     me.json("POST", "/chat/session/save", {})
     assert "temperature" not in yaml.safe_load(path.read_text())
@@ -486,6 +510,7 @@ BODIES = (
 
 @pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
 def test_a_bad_body_is_an_error_in_our_form_and_changes_nothing(body, me, live):
+    before = me.revision
     for method, path in WRITING:
         if path in ("/models/unload", "/models/cancel", "/chat/session/save") or method == "DELETE":
             continue  # they read no body
@@ -493,7 +518,7 @@ def test_a_bad_body_is_an_error_in_our_form_and_changes_nothing(body, me, live):
         assert 400 <= response.status_code < 500, (path, response.status_code, response.text)
         error = response.json()["error"]
         assert set(error) == {"code", "message"} and 0 < len(error["message"]) < 1000
-    assert me.json("GET", "/chat/conversations")["items"] == [] and me.revision == 0
+    assert me.json("GET", "/chat/conversations")["items"] == [] and me.revision == before
 
 
 @pytest.mark.parametrize("query", ["before=x", "before=-1", "before=" + "9" * 50, "before=%00", "query=%00&before=%ff"])
@@ -555,7 +580,7 @@ def test_binary_in_a_message_is_a_message(text, me):
 
 
 def test_a_lone_surrogate_is_refused_or_replaced(me):
-    response = me.post("/chat/messages", content=b'{"text": "half \\ud83d emoji", "revision": 0}', headers={"Content-Type": "application/json"})
+    response = me.post("/chat/messages", content=b'{"text": "half \\ud83d emoji", "revision": me.revision}', headers={"Content-Type": "application/json"})
     assert response.status_code in (202, 400) and (response.status_code == 202 or response.json()["error"]["message"])
     assert me.json("GET", "/chat/conversations") is not None
 

@@ -79,9 +79,13 @@ class Chain:
         if self._greedy is not None:  # the native samplers would first make a list of all candidates
             logits = self._logits(context, index)
             tokens, values = self._greedy
-            if len(tokens):
-                logits[tokens] += values
-            return int(np.argmax(logits))
+            if not len(tokens):
+                return int(np.argmax(logits))
+            before = logits[tokens]
+            logits[tokens] += values
+            chosen = int(np.argmax(logits))
+            logits[tokens] = before  # they are the model's: its probabilities are asked afterwards
+            return chosen
         if self._grammar is None:
             return int(lib.llama_sampler_sample(self._chain, context, index))
         token = self._sample_grammar(self._logits(context, index))

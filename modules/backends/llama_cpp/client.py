@@ -404,6 +404,7 @@ def _asked(request: GenerationRequest) -> tuple[dict[str, Any], bytes]:
         "json_schema": request.json_schema,
         "max_new": request.max_new_tokens,
         "logprobs": request.logprobs,
+        "chosen_logprob": request.chosen_logprob,
         "prompt_logprobs": request.prompt_logprobs,
         "special": not sampling.skip_special_tokens,
         "client": request.client,

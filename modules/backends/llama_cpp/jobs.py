@@ -164,6 +164,7 @@ class Speaker:
         self._send = send
         self._special: bool = fields["special"]
         self._logprobs = min(fields["logprobs"], MAX_ALTERNATIVES)
+        self._chosen_logprob: bool = fields.get("chosen_logprob", False)
         self._prompt_logprobs = min(fields["prompt_logprobs"] or 0, MAX_ALTERNATIVES)
         self._told = 0  # of the prompt's tokens, those whose log-probabilities were sent
         self._tokens: list[int] = []  # chosen and not told yet
@@ -180,6 +181,8 @@ class Speaker:
             return None
         if before is not None:
             self._found.append(self._alternatives(before, token, self._logprobs))
+        elif self._chosen_logprob:
+            self._found.append([token, "", round(self._model.logprob(output, token), 6), []])
         return token
 
     def wrote(self, job: Job, tokens: Sequence[int]) -> None:

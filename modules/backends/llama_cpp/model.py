@@ -134,6 +134,7 @@ class Model:
         self.ends = frozenset(ends)
         """Tokens that end a text."""
         self.vocabulary = Vocabulary(self._vocab, size, ends, self.context_length)
+        self._scratch = np.empty(size, np.float32)
         self._batch = _Batch(max(self.batch_size, 1))
         mmproj = options["mmproj"]
         self.vision = Vision(mmproj, self._model, self.threads.reading, options["gpu_layers"] != 0, verbose) if mmproj else None
@@ -346,6 +347,14 @@ class Model:
         logits -= logits.max()
         logits -= np.log(np.exp(logits).sum())
         return logits
+
+    def logprob(self, output: int, token: int) -> float:
+        """That of one token alone, in single precision: a twentieth of the cost, at 49,000 tokens."""
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, output), (self.vocabulary.size,))
+        largest = logits.max()
+        np.subtract(logits, largest, out=self._scratch)
+        np.exp(self._scratch, out=self._scratch)
+        return float(logits[token] - largest) - math.log(self._scratch.sum())
 
     def likeliest(self, output: int) -> int:
         """The token with the largest logit after output `output`."""

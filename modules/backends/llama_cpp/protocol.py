@@ -6,10 +6,11 @@ as little-endian int32, or UTF-8 text. Every frame carries the id of its request
 To the engine                                       From the engine
 load     {path, options, draft, verbose}            progress  {fraction}
 generate {text, add_bos, plan, max_new, logprobs,   loaded    {what the model is}
-          prompt_logprobs, special, client,         chunk     {tokens, done, prompt, prefill, queue, logprobs, prompt_logprobs} raw: text
-          adapters, images, json_schema}                      end       {reason, prompt, done, timings} raw: last text
-          raw: prompt, UTF-8 or ids; with images    vectors   {tokens, count} raw: float32
-          the text's and images' lengths are fields tokens    raw: ids
+          chosen_logprob, prompt_logprobs,          chunk     {tokens, done, prompt, prefill, queue, logprobs, prompt_logprobs} raw: text
+          special, client, adapters, images,                  end       {reason, prompt, done, timings} raw: last text
+          json_schema}                              vectors   {tokens, count} raw: float32
+          raw: prompt, UTF-8 or ids; with images    tokens    raw: ids
+          the text's and images' lengths are fields
 prefill  the same                                   text      raw: text
 cancel   (id of the request)                        done
 embed    {lengths, text} raw: texts or ids joined   pong

@@ -1,46 +1,122 @@
-// What is being typed, what is read before it is sent, and the quiet line below.
-import { TOUCH, number, icon, el, later, api, memory } from './core.js';
+// What is being typed, what is done with it, and the quiet line below.
+import { TOUCH, number, icon, el, button, later, api, attempt, menu, t, toast } from './core.js';
 import { session } from './session.js';
 import { chat } from './chat.js';
-import { model } from './model.js';
+import { link } from './link.js';
+import { ahead } from './ahead.js';
+import { drafts } from './drafts.js';
+import { past } from './past.js';
+import { queue } from './queue.js';
+import { slash } from './slash.js';
+import { actions } from './commands.js';
+import { help } from './help.js';
 
-/** Unsent text, kept for the newest conversations so that neither a reload nor a crash takes it. */
-const drafts = {
-  key: (id) => `tgw.draft:${id || 'new'}`,
-  read(id) { return memory.get(this.key(id)) || ''; },
-  write(id, text) {
-    const key = this.key(id);
-    let known = [];
-    try { known = JSON.parse(memory.get('tgw.drafts') || '[]').filter((each) => each !== key); } catch { /* begin anew */ }
-    if (text) known.unshift(key);
-    known.splice(20).forEach((old) => memory.set(old, ''));
-    while (!memory.set(key, text) && known.length > 1) memory.set(known.pop(), '');
-    memory.set('tgw.drafts', JSON.stringify(known));
-  },
-};
+export { ahead };
 
 export const composer = {
+  /** While the model writes in the box: {id of that reply, number of its last event, text}. */
+  impersonating: null,
+
   build() {
-    this.box = el('textarea', { rows: 1, placeholder: 'Write a message', 'aria-label': 'Message', dir: 'auto', enterKeyHint: 'send' });
+    this.box = el('textarea', { rows: 1, placeholder: t('Write a message'), 'aria-label': t('Message'), dir: 'auto', enterKeyHint: 'send' });
     this.send = el('button.tgw-send', { type: 'submit' });
-    this.form = el('form.tgw-composer', { onsubmit: (e) => { e.preventDefault(); if (chat.running) chat.stop(); else this.submit(); } }, this.box, this.send);
-    this.keep = later(250, () => drafts.write(this.key, this.box.value));
-    this.box.oninput = () => { this.size(); this.keep(); this.refresh(); ahead.soon(); };
-    this.box.onkeydown = (e) => this.keys(e);
-    window.addEventListener('pagehide', () => drafts.write(this.key, this.box.value));
-    return this.form;
+    this.more = button('bars', t('More to do'), () => menu(this.more, actions()), 'button.tgw-icon.tgw-more');
+    this.later = button('clock', t('Send after this reply (Enter)'), () => this.submit(), 'button.tgw-icon.tgw-later');
+    this.form = el('form.tgw-composer', { onsubmit: (e) => { e.preventDefault(); if (this.writing) this.stop(); else this.submit(); } },
+      this.more, this.box, this.later, this.send);
+    this.keep = later(250, () => this.keepNow());
+    this.box.oninput = () => this.typed();
+    this.box.onkeydown = (e) => {
+      if (e.key !== 'ArrowUp' && e.key !== 'ArrowDown') past.leave();
+      if (!slash.key(e) && this.impersonating && e.key === 'Enter') { e.preventDefault(); this.stop(); }
+    };
+    this.box.onblur = () => slash.close();
+    this.box.onpointerdown = () => past.leave();
+    addEventListener('pagehide', () => { this.keepNow(); drafts.leave(); });
+    return el('div.tgw-compose', {}, slash.build(), queue.build(), this.form);
   },
 
   focus() { if (!TOUCH.matches) this.box.focus({ preventScroll: true }); },
 
-  /** Show the draft of the conversation shown; what was typed for the former one is kept with that one. */
-  restore() {
-    if (this.sending && this.key === null) this.key = chat.id;  // the first message: what is typed on goes with the chat it began
-    if (this.key !== undefined && this.key !== chat.id) { this.keep.cancel(); drafts.write(this.key, this.box.value); }
-    if (this.key !== chat.id || this.key === undefined) { this.key = chat.id; this.box.value = drafts.read(chat.id); }
+  typed() {
+    past.leave();
+    if (this.impersonating) this.stop();  // the hand is faster than the model
+    this.changed();
+    this.keep();
+    slash.update();
+  },
+
+  /** The box holds something else. */
+  changed() {
+    this.size();
+    this.refresh();
+    ahead.soon();
+  },
+
+  // --- drafts ------------------------------------------------------------------------------------------------------------------------
+
+  /** Whose draft the box shows: a conversation's, null for a new one. */
+  get place() { return chat.id ?? (chat.incognito ? 'incognito-' : null); },
+
+  keepNow() {
+    this.keep.cancel();
+    if (this.key !== undefined && !this.impersonating) drafts.keep(this.key, this.box.value);
+  },
+
+  /** Show the draft of the conversation shown; what was typed for the former one is kept with that one. `draft`: what the server holds. */
+  restore(draft) {
+    const key = this.place;
+    const unborn = this.key === null || this.key === 'incognito-';
+    if (this.sending && !chat.busy && unborn) this.key = this.begun = key;  // the first message: what is typed on goes with the chat it began
+    if (this.key !== key) this.turnTo(key);
+    if (draft !== undefined && this.fresh) this.take(key, draft);
     this.size();
     this.refresh();
   },
+
+  turnTo(key) {
+    if (this.impersonating) this.stop();
+    this.keepNow();
+    slash.close();
+    past.leave();
+    this.key = key;
+    this.fresh = true;  // the server has not said what it holds
+    this.box.value = drafts.known(key);
+    if (key === null) api('GET', 'chat/draft').then(({ text }) => { if (this.key === null && this.fresh) { this.take(null, text); this.changed(); } }, () => {});
+  },
+
+  take(key, draft) {
+    this.fresh = false;
+    if (this.box.value === drafts.known(key)) this.box.value = drafts.take(key, draft);  // else something was typed meanwhile
+  },
+
+  /** Let the box hold `text`, ready to be gone on with. */
+  put(text) {
+    this.box.value = text;
+    this.box.setSelectionRange(text.length, text.length);
+    this.box.scrollTop = this.box.scrollHeight;
+    this.keepNow();
+    this.changed();
+    this.focus();
+  },
+
+  /** Put `text` where the caret is. */
+  insert(text) {
+    this.box.setRangeText(text, this.box.selectionStart, this.box.selectionEnd, 'end');
+    this.keepNow();
+    this.changed();
+    this.focus();
+  },
+
+  /** Take what is typed out of the box; '' if that is only space. */
+  empty() {
+    const text = this.box.value;
+    if (!/\S/.test(text)) return '';
+    this.put('');
+    return text;
+  },
+
+  // --- look --------------------------------------------------------------------------------------------------------------------------
 
   size() {
     const long = this.box.value.length > 20000;  // measuring it would be slow, and the answer is known
@@ -50,74 +126,100 @@ export const composer = {
     this.box.style.height = `${this.box.scrollHeight}px`;
   },
 
+  get writing() { return Boolean(chat.running || this.impersonating); },
+
   refresh() {
-    const running = Boolean(chat.running);
-    const mode = running ? 'stop' : 'send';
+    const mode = this.writing ? 'stop' : 'send';
     if (this.send.dataset.mode !== mode) {
       this.send.dataset.mode = mode;
-      this.send.title = running ? 'Stop (Esc)' : 'Send (Enter)';
-      this.send.setAttribute('aria-label', running ? 'Stop' : 'Send');
+      this.send.title = this.writing ? t('Stop (Esc)') : t('Send (Enter)');
+      this.send.setAttribute('aria-label', this.writing ? t('Stop') : t('Send'));
       this.send.replaceChildren(icon(mode));
     }
-    this.send.disabled = !running && (chat.busy || !/\S/.test(this.box.value));
+    const something = /\S/.test(this.box.value);
+    this.send.disabled = !this.writing && (chat.busy || !(something || queue.here.length));
+    this.later.hidden = !chat.running || !something;
+    this.form.classList.toggle('impersonating', Boolean(this.impersonating));
+    queue.refresh();
   },
 
-  async submit() {
+  // --- sending -----------------------------------------------------------------------------------------------------------------------
+
+  /** Send what is typed, or let it wait for the end of the reply being written. `extra` goes with it, as the number of answers. */
+  async submit(extra = {}) {
     const text = this.box.value;
-    if (!text.trim() || chat.busy || chat.running) return;
+    if (chat.busy || this.impersonating) return;
+    if (!text.trim()) { queue.held = false; queue.send(queue.here[0]); return; }
+    if (chat.running) { if (queue.add(text)) this.put(''); return; }
     const key = this.key;
-    this.sending = true;
-    const sent = await chat.turn('chat/messages', { text });
-    this.sending = false;
-    if (!sent) return;
-    drafts.write(key, '');
-    if (this.box.value.startsWith(text) && (this.key === key || key === null)) {  // what was typed meanwhile stays
+    if (!await this.post(text, extra)) return;
+    drafts.keep(key, '');
+    if (this.box.value.startsWith(text) && (this.key === key || this.key === this.begun)) {  // what was typed meanwhile stays
       this.box.value = this.box.value.slice(text.length).trimStart();
-      this.keep.cancel();
-      drafts.write(this.key, this.box.value);
+      this.keepNow();
     }
     this.size();
     this.refresh();
   },
 
-  keys(e) {
-    if (e.isComposing || e.keyCode === 229) return;  // an input method is choosing characters
-    if (e.key === 'Enter' && !e.shiftKey && !e.ctrlKey && !e.altKey && !e.metaKey && !TOUCH.matches) { e.preventDefault(); this.submit(); }
-    if (e.key === 'ArrowUp' && !this.box.value) { const own = chat.lastOf('user'); if (own && !chat.running) { e.preventDefault(); own.edit(); } }
-  },
-};
-
-/** What is typed, and the chat that is opened, told to the server, so that the model has read them before Send. Whether that works is no matter. */
-export const ahead = {
-  soon: later(300, () => ahead.tell()),
-
-  /** Another model has read nothing yet, and may be able to do this when the former was not. */
-  fresh({ state, name }) {
-    if (state !== 'ready' || name !== this.model) { this.model = name; this.useless = false; this.told = ''; }
-    this.soon();
+  /** Whether the server took the message. */
+  async post(text, extra = {}) {
+    const incognito = Boolean(chat.incognito);
+    this.sending = true;
+    this.begun = undefined;
+    const sent = await chat.turn('chat/messages', { text, ...(incognito && !chat.id ? { incognito } : {}), ...extra });
+    this.sending = false;
+    if (sent && !incognito) past.add(text);
+    return sent;
   },
 
-  draft() {
-    const text = composer.box.value;
-    const [least, most] = [3, 400000];  // less is not worth a request, more fits no context
-    return { conversation: chat.id, text: text.trim().length < least || text.length > most ? '' : text, revision: session.revision };
+  /** Show an older (1) or newer (-1) message of one's own. */
+  walk(step) {
+    const text = past.walk(step, this.box.value);
+    this.box.value = text;
+    this.box.setSelectionRange(text.length, text.length);
+    this.changed();
   },
 
-  async tell() {
-    const last = chat.last()?.data;
-    const idle = !this.telling && !this.useless && !document.hidden && !chat.busy && !chat.running;
-    if (!idle || model.status.state !== 'ready' || (chat.id && !last)) return;
-    const draft = this.draft();
-    const told = JSON.stringify([draft, last?.id, last?.text.length]);
-    if (told === this.told) return;
-    this.told = told;
-    this.telling = true;
-    try {
-      const answer = await api('POST', 'chat/ahead', draft, AbortSignal.timeout(10000));
-      if (told === this.told) this.useless = !answer.ahead;  // else it is about a former model
-    } catch { /* Send will say what is wrong */ }
-    this.telling = false;
-    this.soon();  // there may be more by now
+  /** End what is being written: the user's next message, or the reply. */
+  stop() {
+    if (!this.impersonating) { chat.stop(); return; }
+    const { id } = this.impersonating;
+    this.impersonating = null;
+    if (id) attempt(() => api('POST', 'chat/stop', { message: id }));
+    this.keepNow();
+    this.changed();
+  },
+
+  // --- the model writes the user's message -------------------------------------------------------------------------------------------
+
+  async impersonate() {
+    if (chat.busy || this.writing) return;
+    const mine = this.impersonating = { id: null, seen: 0, text: '' };
+    this.refresh();
+    const begun = await attempt(() => session.turn('chat/impersonate', { conversation: chat.id, text: this.box.value }));
+    if (this.impersonating !== mine) { if (begun) api('POST', 'chat/stop', { message: begun.reply }).catch(() => {}); return; }
+    if (!begun) { this.stop(); return; }
+    mine.id = begun.reply;
+    link.follow();
+  },
+
+  /** An event of what the model writes in the box. True if it was one. */
+  heard(event) {
+    const mine = this.impersonating;
+    if (!mine || event.reply !== mine.id) return false;
+    if (event.event <= mine.seen && event.type !== 'end') return true;
+    mine.seen = event.event;
+    mine.text = event.type === 'update' ? mine.text + event.text : event.text ?? mine.text;
+    if (mine.text) this.box.value = mine.text;
+    this.box.scrollTop = this.box.scrollHeight;
+    if (event.type === 'end') {
+      this.impersonating = null;
+      this.keepNow();
+      if (event.error) toast(event.error);
+    }
+    this.changed();
+    return true;
   },
 };
 
@@ -125,19 +227,25 @@ export const ahead = {
 export const live = {
   build() {
     this.text = el('span');
-    this.context = el('span.tgw-context', { hidden: true }, el('span'), el('meter', { min: 0, max: 1, high: 0.9, 'aria-label': 'Context used' }));
+    this.context = el('span.tgw-context', { hidden: true }, el('span'), el('meter', { min: 0, max: 1, high: 0.9, 'aria-label': t('Context used') }));
     this.model = el('span.tgw-needs');
-    this.el = el('div.tgw-live', {}, this.model, this.text, this.context);
+    this.help = el('button.tgw-help', { type: 'button', textContent: '?', title: t('Keys and commands (Ctrl+/)'), 'aria-label': t('Keys and commands'), onclick: () => help() });
+    this.el = el('div.tgw-live', {}, this.model, this.text, this.context, this.help);
     return this.el;
   },
-  show(stats) {
+
+  /** Figures of a reply; `event`: what is told beside them while it is being written. */
+  show(stats, { queue: before = null, prefill = null, note = null } = {}) {
     const s = stats || {};
-    const parts = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, s.prompt_tokens && `${number.format(s.prompt_tokens)} prompt tokens`];
-    this.text.textContent = parts.filter(Boolean).join(' · ');
+    const waits = before !== null && (before ? t('Waiting: {count} before this', { count: number.format(before) }) : t('Waiting: this is next'));
+    const reads = prefill && t('Reading prompt: {percent} %', { percent: Math.floor((100 * prefill[0]) / prefill[1]) });
+    const speed = s.tokens_per_second && t('{speed} tokens/s', { speed: s.tokens_per_second.toFixed(1) });
+    const prompt = s.prompt_tokens && t('{count} prompt tokens', { count: number.format(s.prompt_tokens) });
+    this.text.textContent = [note, waits, !waits && reads, speed, prompt].filter(Boolean).join(' · ');
     const known = Boolean(s.context_length && s.context_used);
     this.context.hidden = !known;
     if (!known) return;
-    this.context.firstChild.textContent = `context ${number.format(s.context_used)} / ${number.format(s.context_length)}`;
+    this.context.firstChild.textContent = t('context {used} / {length}', { used: number.format(s.context_used), length: number.format(s.context_length) });
     this.context.lastChild.value = s.context_used / s.context_length;
   },
 };

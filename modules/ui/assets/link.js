@@ -1,15 +1,16 @@
 // Events from the server.
-import { ROOT, el, api } from './core.js';
+import { ROOT, el, api, t } from './core.js';
 import { chat } from './chat.js';
 import { sidebar } from './sidebar.js';
-import { ahead } from './composer.js';
+import { ahead, composer } from './composer.js';
+import { session } from './session.js';
 import { model } from './model.js';
 
 export const link = {
   delay: 250, heard: 0, greeted: false, failures: 0,
 
   build() {
-    this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: 'Reconnecting… What you type is kept.' });
+    this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: t('Reconnecting… What you type is kept.') });
     addEventListener('online', () => this.hurry());
     document.addEventListener('visibilitychange', () => { if (!document.hidden) { this.hurry(); ahead.soon(); } });
     setInterval(() => { if (this.socket?.readyState === 1 && Date.now() - this.heard > 40000) this.socket.close(); }, 5000);
@@ -44,19 +45,21 @@ export const link = {
   /** Tell the server what is shown and up to which event. */
   follow() {
     if (this.socket?.readyState !== 1) return;
-    const reply = chat.running;
-    const replies = reply ? { [reply.data.id]: reply.seen } : {};
+    const replies = Object.fromEntries(chat.writing.map((message) => [message.data.id, message.seen]));
+    const { id, seen } = composer.impersonating || {};
+    if (id) replies[id] = seen;
     this.socket.send(JSON.stringify({ type: 'follow', conversation: chat.id, replies }));
   },
 
   receive(event) {
     const here = event.conversation === chat.id;
-    if (event.reply) chat.received(event);
+    if (event.reply) { if (!composer.heard(event)) chat.received(event); }
     else if (event.type === 'hello') this.hello();
     else if (event.type === 'model') { model.show(event.status); ahead.fresh(event.status); }
     else if (event.type === 'conversations') { event.changed?.forEach((item) => sidebar.changed(item)); event.deleted?.forEach((id) => sidebar.gone(id)); }
     else if (event.type === 'started' && here) chat.began(event.messages);
     else if (event.type === 'changed' && here) chat.reload();
+    else if (event.type === 'settings' && here && event.revision !== session.revision) chat.revalue(event.revision);
   },
 
   /** After a break in the connection, events may be missing: everything shown is read again. */

@@ -2,26 +2,39 @@
 //
 // No work per streamed update depends on the number of messages: a block is found by its index, and the browser lays out one message.
 // Text goes in with textContent; innerHTML takes only blocks that the server has sanitised.
-import { TITLE, PHONE, el, button, api, memory, toasts, floating, toast, attempt, root, speak } from './core.js';
+import { TITLE, PHONE, el, api, memory, toasts, floating, toast, attempt, root, speak, t } from './core.js';
 import { session } from './session.js';
 import { chat } from './chat.js';
 import { sidebar } from './sidebar.js';
 import { composer, live } from './composer.js';
+import { head } from './head.js';
+import { alerts } from './alerts.js';
+import { press } from './commands.js';
 import { model } from './model.js';
+import { library } from './library.js';
+import { panel } from './panel.js';
 import { link } from './link.js';
 import { theme } from './theme.js';
 
 function build() {
   const [scroller, announce] = chat.build();
-  const bar = el('div.tgw-bar', {}, button('side', 'Show conversations', () => sidebar.toggle(true)), chat.heading,
-    button('plus', 'New chat', () => startNew()));
-  root.append(...sidebar.build(), el('section.tgw-main', { 'aria-label': 'Conversation' }, bar, scroller, announce,
-    el('div.tgw-dock', {}, chat.jump, link.build(), toasts, composer.build(), live.build())));
+  const made = panel.build?.() || [];
+  root.append(...sidebar.build(), el('section.tgw-main', { 'aria-label': t('Conversation') }, head.build(), scroller, announce,
+    el('div.tgw-dock', {}, chat.jump, link.build(), toasts, composer.build(), live.build())), ...[made].flat());
   chat.jump.hidden = true;
+  alerts.build();
   root.classList.toggle('closed', PHONE.matches || memory.get('tgw.side') === 'closed');
   PHONE.addEventListener('change', () => root.classList.toggle('closed', PHONE.matches || memory.get('tgw.side') === 'closed'));
-  document.addEventListener('keydown', keys);
+  document.addEventListener('keydown', press);
+  window.visualViewport?.addEventListener('resize', overKeyboard);
   addEventListener('hashchange', () => { if (shownInAddress() !== chat.id) chat.open(shownInAddress()); });
+}
+
+/** A keyboard on the screen covers the page's end; what is typed stays above it. */
+function overKeyboard() {
+  const { height, scale, offsetTop } = window.visualViewport;
+  const covered = scale > 1.01 ? 0 : Math.max(0, Math.round(innerHeight - height - offsetTop));
+  root.style.setProperty('--tgw-covered', `${covered}px`);
 }
 
 function shownInAddress() {
@@ -35,39 +48,44 @@ export function setConversation(id, replace = false) {
   if (id !== chat.id || !id) chat.open(id);
 }
 
-export function startNew() {
-  if (chat.id) setConversation(null);
+/** Begin a new conversation; an `incognito` one is never saved. */
+export function startNew({ incognito = false } = {}) {
+  if (chat.id || Boolean(chat.incognito) !== incognito) {
+    chat.startIncognito = incognito;
+    setConversation(null);
+  }
   if (PHONE.matches) sidebar.toggle(false);
   composer.box.focus();
 }
 
-/** Keys that work anywhere on the Chat tab. */
-function keys(e) {
-  if (!root.offsetParent || e.isComposing || e.defaultPrevented) return;
-  const reply = chat.last()?.data.role === 'assistant' ? chat.last() : null;
-  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName) && (document.activeElement !== composer.box || composer.box.value);
-  const focus = document.activeElement;
-  const elsewhere = focus !== composer.box && (/^(INPUT|TEXTAREA|SELECT)$/.test(focus?.tagName) || focus?.closest('[role=tablist]'));
-  if (e.key === 'Escape' && PHONE.matches && !root.classList.contains('closed')) sidebar.toggle(false);
-  else if (e.key === 'Escape' && chat.running) { e.preventDefault(); chat.stop(); }
-  else if (elsewhere) return;  // an edit form, a search field or the row of tabs has keys of its own
-  else if (e.key === 'Enter' && (e.ctrlKey || e.metaKey) && reply) { e.preventDefault(); chat.regenerate(reply); }
-  else if (e.key === 'Enter' && e.altKey && reply) { e.preventDefault(); chat.continue(reply); }
-  else if ((e.key === 'ArrowLeft' || e.key === 'ArrowRight') && !typing && reply && !e.ctrlKey && !e.altKey && !e.metaKey && !e.shiftKey) turnPage(e, reply);
+/** Show or hide the settings beside the conversation; with the name of one of them, go to it. */
+export async function showPanel(option) {
+  panel.toggle(option ? true : undefined);
+  if (!option) return;
+  await new Promise((shown) => requestAnimationFrame(shown));
+  document.querySelector(`.knob-${option} :is(input, textarea)`)?.focus();
 }
 
-/** Left and right show other versions of the last reply; right at the newest makes a new one. */
-function turnPage(e, reply) {
-  if (chat.running) return;
-  const versions = reply.data.versions || [reply.data.id];
-  const next = versions.indexOf(reply.data.id) + (e.key === 'ArrowLeft' ? -1 : 1);
-  e.preventDefault();
-  if (versions[next]) chat.select(versions[next]); else if (next > 0) chat.regenerate(reply);
+/** Load a model, with what was chosen for its loader on the Model tab. */
+export function loadModel(name, loader = '') {
+  if (!name) return toast(t('Choose a model first.'));
+  const options = loader ? model.chosen[loader] : Object.assign({}, ...Object.values(model.chosen));
+  return attempt(() => api('POST', 'models/load', { name, loader, options: options || {} }));
+}
+
+/** The language is needed before anything is built, so this browser keeps it. */
+function rememberLanguage(language) { if (language) memory.set('tgw.language', language); }
+
+async function language() {
+  const known = memory.get('tgw.language') || (await api('GET', 'chat/session').catch(() => ({}))).values?.language;
+  const wanted = !known || known === 'auto' ? navigator.language.slice(0, 2) : known;
+  return ['en', 'ru'].includes(wanted) ? wanted : 'en';
 }
 
 /** What Gradio's controls and hosts call. */
 window.tgw = {
-  set: (name, value) => session.set(name, value),
+  library,
+  set(name, value) { if (name === 'language') rememberLanguage(value); session.set(name, value); },
   setMany(values) { Object.assign(session.pending, values); session.flush(); },
   save: () => session.save(),
   filter(on) { model.filtered = on; model.rules(); },
@@ -75,13 +93,21 @@ window.tgw = {
   loader(name) { model.loader = name; model.rules(); },
   modelNow: () => model.status.name,
   async models() { return (await attempt(() => api('GET', 'models')))?.models || []; },
-  loadModel(name, loader) {
-    if (!name) return toast('Choose a model first.');
-    const options = loader ? model.chosen[loader] : Object.assign({}, ...Object.values(model.chosen));
-    return attempt(() => api('POST', 'models/load', { name, loader: loader || '', options: options || {} }));
-  },
+  loadModel: (name, loader) => loadModel(name, loader || ''),
   unloadModel: () => attempt(() => api('POST', 'models/unload')),
   cancelLoad: () => attempt(() => api('POST', 'models/cancel')),
+  /** Set the parameters from a preset. */
+  async preset(name) {
+    const id = chat.id;
+    await session.flush();
+    const found = name && await attempt(() => api('POST', 'chat/preset', { name, conversation: id }));
+    if (found && id === chat.id) session.adopt(id, found.revision, found.values);
+  },
+  /** Ask the server for anything; what it says against it is shown, and null answered. */
+  async call(method, path, body) { return (await attempt(() => api(method, path, body))) ?? null; },
+  /** The conversation shown; '' for a new one. */
+  conversation: () => chat.id || '',
+  panel: () => showPanel(),
   /** Fill a host that Gradio has mounted; again after it mounted anew. */
   mount(kind, host) {
     if (kind === 'header') {
@@ -94,7 +120,7 @@ window.tgw = {
   },
 };
 
-await speak(['en', 'ru'].find((known) => known === (memory.get('tgw.language') || navigator.language).slice(0, 2)) || 'en');
+await speak(await language());
 document.body.append(floating);
 build();
 model.build();
@@ -102,6 +128,5 @@ theme.build();
 model.show(model.status);
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);
 sidebar.load();
-chat.open(shownInAddress());
-session.read().catch(() => {});
+chat.open(shownInAddress()).then(() => rememberLanguage(session.values.language));
 link.connect();

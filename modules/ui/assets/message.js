@@ -1,6 +1,12 @@
 // One message of the conversation shown.
-import { number, el, button, copyFrom } from './core.js';
+import { ICONS, number, icon, el, button, copyFrom, menu, api, attempt, write, t } from './core.js';
 import { composer } from './composer.js';
+import { explain } from './explain.js';
+import { openTree } from './tree.js';
+
+Object.assign(ICONS, {
+  branch: 'M7 4v16M7 15c0-5 10-3 10-9M14 9l3-3 3 3', look: 'M3 12s3.5-6 9-6 9 6 9 6-3.5 6-9 6-9-6-9-6M12 9.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5',
+});
 
 /** A column of blocks, each replaced or extended alone. */
 class Blocks {
@@ -22,20 +28,25 @@ class Blocks {
 
 const LONG = 3000;  // characters after which a user's message is folded
 
+/** The first letter of a name, whatever its alphabet. */
+function letter(name) { return ([...name.trim()][0] || '?').toLocaleUpperCase(); }
+
 export class Message {
+  /** `data`: what the server told of it, without the blocks, which stand in the page. */
   constructor(view, chat) {
     this.chat = chat;
-    this.data = view;
     this.seen = 0;
     this.ended = 0;
-    const user = view.role === 'user';
-    this.el = el(`article.tgw-msg.${user ? 'user' : 'assistant'}`, { 'data-id': view.id, 'aria-label': user ? 'You' : 'Reply' });
+    this.column = null;  // what it is called while it stands beside others
+    this.mine = view.role === 'user';
+    this.el = el(`article.tgw-msg.${this.mine ? 'user' : 'assistant'}`, { 'data-id': view.id });
+    this.who = el('div.tgw-who', { hidden: true });
     this.thought = el('details.tgw-thought', { hidden: true }, el('summary'), el('div.tgw-prose'));
     this.body = el('div.tgw-body.tgw-prose', { dir: 'auto' });
     this.wait = el('div.tgw-wait', { hidden: true });
     this.notice = el('div.tgw-notice', { hidden: true });
     this.foot = el('footer.tgw-foot');
-    this.el.append(...(user ? [] : [this.thought]), this.body, this.wait, this.notice, this.foot);
+    this.el.append(this.who, ...(this.mine ? [] : [this.thought]), this.body, this.wait, this.notice, this.foot);
     this.answer = new Blocks(this.body);
     this.reasoning = new Blocks(this.thought.lastChild);
     this.fill(view);
@@ -43,19 +54,26 @@ export class Message {
 
   get running() { return this.data.state === 'running'; }
 
+  /** The element in the column of messages that it stands in: its own, or the row of replies side by side. */
+  get place() { return this.el.parentNode?.closest('.tgw-columns') ?? this.el; }
+
+  know({ blocks, reasoning, ...rest }) { this.data = rest; return [blocks, reasoning || []]; }
+
   /** Show all of `view`. A running message may already hold what its events will bring again, so its first update starts from nothing. */
   fill(view) {
-    this.data = view;
+    const [blocks, reasoning] = this.know(view);
     this.stale = this.running;
-    this.answer.set(view.blocks);
-    this.reasoning.set(view.reasoning || []);
+    this.answer.set(blocks);
+    this.reasoning.set(reasoning);
+    this.wait.replaceChildren(el('i'), el('i'), el('i'));
+    this.wait.hidden = !this.running || blocks.length > 0 || reasoning.length > 0;
     this.decorate();
   }
 
-  /** A later view of the same message; its blocks are drawn again only when they can have changed. */
+  /** A later view of the same message; its blocks are drawn again only when they can have changed. A running reply is told by its events. */
   refresh(view) {
-    const same = view.state === this.data.state && view.text === this.data.text;
-    if (same && view.state !== 'running') { this.data = view; this.decorate(); return; }
+    const same = view.state === this.data.state && (view.state === 'running' || view.text === this.data.text);
+    if (same) { this.know(view); this.decorate(); return; }
     this.seen = 0;
     this.fill(view);
   }
@@ -74,34 +92,36 @@ export class Message {
     this.growing(event);
   }
 
-  growing({ prefill, queue }) {
-    if (queue !== null && queue !== undefined) this.queued(queue);
+  growing({ prefill, queue, note, stats }) {
+    if (note) this.waiting(t(note));
+    else if (queue !== null && queue !== undefined) this.waiting(queue ? t('Waiting: {count} before this', { count: number.format(queue) }) : t('Waiting: this is next'));
     else if (prefill) this.progress(...prefill);
     if (!this.wait.hidden && (this.answer.list.length || this.reasoning.list.length)) this.wait.hidden = true;
-    this.showThought();
+    this.showThought(stats?.reasoning_tokens);
   }
 
-  showThought() {
-    const state = !this.reasoning.list.length ? '' : this.running && !this.answer.list.length ? 'Thinking…' : 'Thought';
-    if (state === this.thinking) return;
-    this.thinking = state;
-    this.thought.hidden = !state;
-    this.thought.firstChild.textContent = state;
-    this.thought.classList.toggle('open-ended', state === 'Thinking…');
+  /** The folded thinking, with how much of it there is. */
+  showThought(tokens) {
+    this.thought.hidden = !this.reasoning.list.length;
+    if (this.thought.hidden) return;
+    const thinking = this.running && !this.answer.list.length;
+    const count = tokens && number.format(tokens);
+    const words = thinking ? (count ? t('Thinking… {count} tokens', { count }) : t('Thinking…')) : (count ? t('Thought · {count} tokens', { count }) : t('Thought'));
+    write(this.thought.firstChild, words);
+    this.thought.classList.toggle('open-ended', thinking);
   }
 
-  queued(before) {
-    this.wait.replaceChildren(el('i'), el('i'), el('i'), el('span', { textContent: before ? `Waiting: ${number.format(before)} before this` : 'Waiting: this is next' }));
+  waiting(text) {
+    this.wait.replaceChildren(el('i'), el('i'), el('i'), el('span', { textContent: text }));
     this.wait.hidden = false;
   }
 
   progress(done, total) {
-    const text = `Reading prompt ${number.format(done)} / ${number.format(total)}`;
     let bar = this.wait.querySelector('progress');
-    if (!bar) { bar = el('progress', { 'aria-label': 'Reading prompt' }); this.wait.replaceChildren(bar, el('span')); }
+    if (!bar) { bar = el('progress', { 'aria-label': t('Reading prompt') }); this.wait.replaceChildren(bar, el('span')); }
     bar.max = total;
     bar.value = done;
-    bar.nextSibling.textContent = text;
+    bar.nextSibling.textContent = t('Reading prompt {done} / {total}', { done: number.format(done), total: number.format(total) });
     this.wait.hidden = false;
   }
 
@@ -109,45 +129,117 @@ export class Message {
     const drawn = !this.stale && view.blocks.length === this.answer.list.length && (view.reasoning || []).length === this.reasoning.list.length;
     const known = { ...view, versions: this.data.versions };  // the end of a reply does not repeat them
     this.ended = performance.now();
-    this.data = known;
-    if (drawn) this.decorate(); else this.fill(known);
+    if (!drawn) { this.fill(known); return; }
+    this.know(known);
+    this.wait.hidden = true;
+    this.decorate();
   }
 
-  /** Everything around the text: notices, actions, figures. */
+  /** Stand beside other replies under this name, or (null) alone again. */
+  aside(column) {
+    this.column = column;
+    this.decorate();
+  }
+
+  // --- around the text -----------------------------------------------------------------------------------------------------------------
+
   decorate() {
-    const { state, role } = this.data;
+    const { name, pinned, text, reasoning_tokens: tokens, stats } = this.data;
     this.el.classList.toggle('running', this.running);
-    this.el.classList.toggle('folded', role === 'user' && this.data.text.length > LONG && !this.unfolded);
-    this.wait.replaceChildren(el('i'), el('i'), el('i'));
-    this.wait.hidden = !this.running || this.answer.list.length > 0;
-    this.showThought();
-    this.showNotice(state);
-    this.foot.replaceChildren(...(this.running ? [] : this.actions()));
+    this.el.classList.toggle('aside', Boolean(this.column));
+    this.el.classList.toggle('folded', this.mine && text.length > LONG && !this.unfolded);
+    this.el.setAttribute('aria-label', this.column || name || (this.mine ? t('You') : t('Reply')));
+    this.showWho(name, pinned);
+    this.showThought(tokens ?? stats?.reasoning_tokens);
+    this.showNotice();
+    const focus = this.foot.contains(document.activeElement) && document.activeElement.getAttribute('aria-label');
+    this.foot.replaceChildren(...this.actions());
+    if (focus) this.foot.querySelector(`[aria-label="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
   }
 
-  showNotice(state) {
-    const words = { stopped: 'Stopped', interrupted: 'Interrupted: the server ended during this reply', failed: this.data.error || 'This reply failed' }[state];
+  showWho(name, pinned) {
+    const made = [
+      name && el('span.tgw-avatar', { 'aria-hidden': 'true', textContent: letter(name) }),
+      name && el('span.tgw-name', { textContent: name, dir: 'auto' }),
+      this.column && el('span.tgw-ordinal', { textContent: this.column }),
+      pinned && el('span.tgw-pinned', { title: t('Stays in the prompt when the context is full') }, icon('pin'), t('Pinned')),
+    ].filter(Boolean);
+    this.who.hidden = !made.length;
+    this.who.replaceChildren(...made);
+  }
+
+  showNotice() {
+    const { state, error, text, greeting } = this.data;
+    const words = { stopped: t('Stopped'), interrupted: t('Interrupted: the server ended during this reply'), failed: error || t('This reply failed') }[state]
+      || (error && state === 'done' ? error : '');
     this.notice.hidden = !words;
-    this.notice.className = `tgw-notice ${state}`;
+    this.notice.className = `tgw-notice ${state === 'done' ? 'failed' : state}`;
     this.notice.replaceChildren(...(words ? [el('span', { textContent: words })] : []));
-    if (!words) return;
+    if (!words || this.column || this.mine || greeting || state === 'done') return;
     const again = el('span.tgw-again', {});
-    if (this.data.text) again.append(el('button', { type: 'button', textContent: 'Continue', onclick: () => this.chat.continue(this) }));
-    again.append(el('button', { type: 'button', textContent: 'Regenerate', onclick: () => this.chat.regenerate(this) }));
+    const begun = text || this.reasoning.list.length;
+    if (begun) again.append(el('button.tgw-last', { type: 'button', textContent: t('Continue'), onclick: () => this.chat.continue(this) }));
+    again.append(el('button', { type: 'button', textContent: t('Regenerate'), onclick: () => this.chat.regenerate(this) }));
     this.notice.append(again);
   }
 
   actions() {
-    const assistant = this.data.role === 'assistant';
-    const made = [
-      button('copy', 'Copy', (e) => copyFrom(e.currentTarget, this.data.text)),
-      button('pen', 'Edit', () => this.edit()),
-      assistant && button('redo', 'Regenerate (Ctrl+Enter)', () => this.chat.regenerate(this)),
-      assistant && button('on', 'Continue (Alt+Enter)', () => this.chat.continue(this), 'button.tgw-icon.tgw-last'),
-      this.el.classList.contains('folded') && el('button.tgw-unfold', { type: 'button', textContent: 'Show all', onclick: () => this.unfold() }),
+    const { id, text } = this.data;
+    const copy = button('copy', t('Copy'), (e) => copyFrom(e.currentTarget, text));
+    if (this.running) return [this.stopper()];
+    if (!id) return [copy];  // a greeting of a chat that is not there yet
+    if (this.column) return [this.chooser(), copy, this.explainer(), this.figures()].filter(Boolean);
+    const reply = !this.mine && !this.data.greeting;
+    const more = button('more', t('More to do with this message'), () => this.more(more));
+    more.setAttribute('aria-haspopup', 'menu');
+    return [
+      copy,
+      button('pen', t('Edit'), () => this.edit()),
+      reply && button('redo', t('Regenerate'), () => this.chat.regenerate(this)),
+      reply && button('on', t('Continue'), () => this.chat.continue(this), 'button.tgw-icon.tgw-last'),
+      more,
+      this.el.classList.contains('folded') && el('button.tgw-unfold', { type: 'button', textContent: t('Show all'), onclick: () => this.unfold() }),
       this.versions(), this.figures(),
-    ];
-    return made.filter(Boolean);
+    ].filter(Boolean);
+  }
+
+  stopper() {
+    return el('button.tgw-stop', { type: 'button', title: t('Stop this reply'), 'aria-label': t('Stop this reply'), onclick: () => this.chat.stop(this) },
+      icon('stop'), el('span', { textContent: t('Stop') }));
+  }
+
+  chooser() {
+    return el('button.tgw-button.tgw-choose-this', { type: 'button', textContent: t('Choose this one'), onclick: () => this.chat.choose(this) });
+  }
+
+  explainer() { return this.data.explained && button('look', t('Explain'), () => explain(this)); }
+
+  /** The menu of what is done more rarely. */
+  more(anchor) {
+    const { pinned, explained, greeting, id } = this.data;
+    const reply = !this.mine && !greeting;
+    menu(anchor, [
+      explained && [t('Explain'), () => explain(this), 'look'],
+      reply && [t('Several answers…'), () => menu(anchor, [2, 3, 4].map((n) => [t('{count} answers', { count: n }), () => this.chat.regenerate(this, { n }), 'several'])), 'several'],
+      reply && [t('Answer again with…'), () => this.otherwise(anchor), 'swap'],
+      [t('Branch into a new chat'), () => this.chat.branch(this), 'branch'],
+      [t('All branches of this chat'), () => openTree(this.chat.id, id), 'tree'],
+      [pinned ? t('Unpin') : t('Pin'), () => this.chat.pin(this, !pinned), 'pin'],
+      [t('Remove'), () => this.chat.remove(this), 'bin'],
+    ]);
+  }
+
+  /** With which preset or adapter the same question is answered once more, beside this reply. */
+  async otherwise(anchor) {
+    const found = await attempt(() => api('GET', 'chat/library'));
+    if (!found) return;
+    const again = (extra) => () => this.chat.again(this, extra);
+    const adapters = found.adapters || [];
+    menu(anchor, [
+      ...found.presets.map((preset) => [t('Preset {name}', { name: preset }), again({ preset })]),
+      ...adapters.map((name) => [t('Adapter {name}', { name }), again({ adapters: [[name, 1]] })]),
+      adapters.length && [t('Without adapters'), again({ adapters: [] })],
+    ]);
   }
 
   unfold() { this.unfolded = true; this.decorate(); }
@@ -161,41 +253,69 @@ export class Message {
       made.disabled = !versions[at + step];
       return made;
     };
-    return el('span.tgw-versions', {}, arrow('left', 'Previous version', -1),
-      el('span', { textContent: `${at + 1}/${versions.length}` }), arrow('right', 'Next version', 1));
+    return el('span.tgw-versions', {}, arrow('left', t('Previous version'), -1),
+      el('span', { textContent: `${at + 1}/${versions.length}` }), arrow('right', t('Next version'), 1));
   }
 
   figures() {
-    const s = this.data.stats;
+    const { stats: s, model, explained, dropped_messages: dropped, created } = this.data;
     if (!s?.tokens) return null;
-    const quick = [s.tokens_per_second && `${s.tokens_per_second.toFixed(1)} tokens/s`, `${number.format(s.tokens)} token${s.tokens === 1 ? '' : 's'}`, s.seconds && `${s.seconds.toFixed(1)} s`, s.finish_reason === 'length' && 'ended at the longest allowed length'];
-    const rest = [
-      this.data.model && `Model: ${this.data.model}`, s.seed != null && `Seed: ${s.seed}`,
-      s.prompt_tokens != null && `Prompt: ${number.format(s.prompt_tokens)} tokens, ${number.format(s.reused_tokens || 0)} of them reused`,
-      s.queue_seconds >= 0.1 && `Waited ${s.queue_seconds.toFixed(1)} s for a place`,
-      s.first_token_seconds != null && `First token after ${s.first_token_seconds.toFixed(2)} s`,
-      s.draft_tokens && `Guessed ahead: ${number.format(s.accepted_tokens)} of ${number.format(s.draft_tokens)} tokens were right`,
-      s.context_length && `Context: ${number.format(s.context_used)} of ${number.format(s.context_length)} tokens`,
-      this.data.dropped_messages > 0 && `The oldest ${this.data.dropped_messages} messages did not fit the context`, this.data.created && new Date(this.data.created * 1000).toLocaleString(),
+    const quick = [
+      s.tokens_per_second && t('{speed} tokens/s', { speed: s.tokens_per_second.toFixed(1) }),
+      s.tokens === 1 ? t('1 token') : t('{count} tokens', { count: number.format(s.tokens) }),
+      s.seconds && t('{count} s', { count: s.seconds.toFixed(1) }),
+      s.finish_reason === 'length' && t('ended at the longest allowed length'),
     ];
-    return el('span.tgw-figures', { title: rest.filter(Boolean).join('\n'), textContent: quick.filter(Boolean).join(' · '), tabIndex: 0 });
+    const rest = [
+      model && t('Model: {name}', { name: model }), s.seed != null && t('Seed: {seed}', { seed: s.seed }),
+      s.prompt_tokens != null && t('Prompt: {count} tokens, {reused} of them reused', { count: number.format(s.prompt_tokens), reused: number.format(s.reused_tokens || 0) }),
+      s.queue_seconds >= 0.1 && t('Waited {seconds} s for a place', { seconds: s.queue_seconds.toFixed(1) }),
+      s.first_token_seconds != null && t('First token after {seconds} s', { seconds: s.first_token_seconds.toFixed(2) }),
+      s.draft_tokens && t('Guessed ahead: {right} of {count} tokens were right', { right: number.format(s.accepted_tokens), count: number.format(s.draft_tokens) }),
+      s.context_length && t('Context: {used} of {length} tokens', { used: number.format(s.context_used), length: number.format(s.context_length) }),
+      dropped > 0 && t('The oldest {count} messages did not fit the context', { count: number.format(dropped) }), created && new Date(created * 1000).toLocaleString(),
+    ];
+    const told = { title: rest.filter(Boolean).join('\n'), textContent: quick.filter(Boolean).join(' · ') };
+    return explained ? el('button.tgw-figures', { type: 'button', ...told, onclick: () => explain(this) }) : el('span.tgw-figures', { ...told, tabIndex: 0 });
   }
 
+  // --- editing -------------------------------------------------------------------------------------------------------------------------
+
   edit() {
-    if (this.el.classList.contains('editing')) return;
-    const user = this.data.role === 'user';
-    const area = el('textarea', { value: this.data.text, 'aria-label': 'Edit message', dir: 'auto' });
-    const close = () => { form.remove(); this.el.classList.remove('editing'); };
-    const save = async () => { if (area.value.trim() && await this.chat.edit(this, area.value)) close(); };
-    const form = el('form.tgw-edit', { onsubmit: (e) => { e.preventDefault(); save(); } }, area,
-      el('button.tgw-button', { type: 'button', textContent: 'Cancel', onclick: close }),
-      el('button.tgw-button.primary', { type: 'submit', textContent: user ? 'Send' : 'Save' }));
+    if (this.el.classList.contains('editing') || this.running) return;
+    const area = el('textarea', { value: this.data.text, 'aria-label': t('Edit message'), dir: 'auto' });
+    const close = () => { this.editing = null; form.remove(); this.el.classList.remove('editing'); };
+    const save = async (answer) => {
+      this.editing = null;  // it is not lost if another version takes this one's place
+      if (area.value.trim() && await this.chat.edit(this, area.value, answer)) close(); else if (form.isConnected) this.editing = area;
+    };
+    const made = (label, action, spec = 'button.tgw-button') => el(spec, { type: 'button', textContent: label, onclick: action });
+    const form = el('form.tgw-edit', { onsubmit: (e) => e.preventDefault() }, area, made(t('Cancel'), close),
+      this.mine ? made(t('Save only'), () => save(false)) : null,
+      made(this.mine ? t('Send') : t('Save'), () => save(true), 'button.tgw-button.primary'));
     area.onkeydown = (e) => {
       if (e.key === 'Escape') { e.stopPropagation(); close(); composer.focus(); }
-      if (e.key === 'Enter' && !e.isComposing && (user ? !e.shiftKey : e.ctrlKey || e.metaKey)) { e.preventDefault(); e.stopPropagation(); save(); }
+      if (e.key === 'Enter' && !e.isComposing && (this.mine ? !e.shiftKey : e.ctrlKey || e.metaKey)) { e.preventDefault(); e.stopPropagation(); save(true); }
     };
+    this.editing = area;
     this.el.classList.add('editing');
     this.body.after(form);
     area.focus();
+  }
+
+  /** It leaves the page: what was typed into it is not lost. */
+  rescue() {
+    const text = this.editing?.value;
+    if (text && text !== this.data.text && !composer.box.value) composer.put(text);
+  }
+
+  /** Bring it into sight. */
+  reveal() {
+    this.el.tabIndex = -1;
+    this.el.focus({ preventScroll: true });
+    this.el.scrollIntoView({ block: 'start' });
+    requestAnimationFrame(() => this.el.scrollIntoView({ block: 'start' }));  // what is above had not been measured yet
+    this.el.classList.add('found');
+    setTimeout(() => this.el.classList.remove('found'), 1600);
   }
 }

@@ -1,44 +1,66 @@
-// This browser's parameters, as the server holds them.
-import { later, api, toast, attempt } from './core.js';
+// The values in effect for the conversation shown, as the server holds them.
+import { later, api, toast, attempt, t } from './core.js';
 import { ahead } from './composer.js';
+import { theme } from './theme.js';
 
-/** Changes are gathered for a moment and posted in order; a turn waits for them and carries the newest revision. */
+/** Changes are gathered for a moment and posted in order, to the conversation in which they were made; a turn waits for them. */
 export const session = {
-  revision: 0, pending: {}, posted: Promise.resolve(),
+  id: null, revision: 0, values: {}, shown: null, pending: {}, posted: Promise.resolve(),
   set(name, value) { this.pending[name] = value; this.soon(); },
   soon: later(150, () => session.flush()),
   flush() {
     this.soon.cancel();
-    const changes = this.pending;
+    const [changes, id] = [this.pending, this.id];
     this.pending = {};
-    if (Object.keys(changes).length) this.posted = this.posted.then(() => attempt(() => this.patch(changes)));
+    if (Object.keys(changes).length) this.posted = this.posted.then(() => attempt(() => this.patch(changes, id)));
     return this.posted;
   },
-  async patch(changes) {
+  path(id = this.id) { return `chat/session${id ? `?conversation=${encodeURIComponent(id)}` : ''}`; },
+  async patch(changes, id) {
     try {
-      this.revision = (await api('PATCH', 'chat/session', changes)).revision;
+      const { revision } = await api('PATCH', this.path(id), changes);
+      if (id === this.id) this.take(revision, { ...this.values, ...changes });
     } catch (error) {
       this.repaint();
       throw error;
     }
   },
+  take(revision, values) {
+    this.revision = revision;
+    this.values = values;
+    this.shown = JSON.stringify(values);
+    theme.style?.(values.chat_style);
+    ahead.soon();
+  },
+  /** The page shows conversation `id` (null: a new one), in which these values are in effect; the controls show them. */
+  adopt(id, revision, values) {
+    if (id !== this.id) this.flush();
+    this.id = id;
+    const differs = JSON.stringify(values) !== this.shown;
+    this.take(revision, values);
+    if (differs) this.repaint();
+  },
   /** Let the controls show what the server holds. */
   repaint() { document.getElementById('tgw-repaint')?.click(); },
-  async read() { const found = await api('GET', 'chat/session'); this.revision = found.revision; ahead.soon(); return found.values; },
+  /** Ask the server for the values in effect. */
+  async read(id = this.id) {
+    const found = await api('GET', this.path(id));
+    this.adopt(id, found.revision, found.values);
+    return found.values;
+  },
   async save() {
     await this.flush();
-    if (await attempt(() => api('POST', 'chat/session/save'))) toast('Saved: new browsers begin with these values.', 'done');
+    if (await attempt(() => api('POST', 'chat/session/save'))) toast(t('Saved: new browsers begin with these values.'), 'done');
   },
-  /** Post a turn. The server may have lost the session (409): then its values are adopted, once. */
+  /** Post a turn. The values may have been changed elsewhere (409): then those are adopted, once. */
   async turn(path, body) {
     await this.flush();
     try {
       return await api('POST', path, { ...body, revision: this.revision });
     } catch (error) {
       if (error.code !== 'StaleRevision') throw error;
-      await this.read();
-      this.repaint();
-      toast('The parameters were changed elsewhere; those are used now.', 'done');
+      await this.read(body.conversation ?? null);
+      toast(t('The parameters were changed elsewhere; those are used now.'), 'done');
       return api('POST', path, { ...body, revision: this.revision });
     }
   },
