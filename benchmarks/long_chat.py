@@ -3,7 +3,8 @@
     python benchmarks/long_chat.py [--runs 5] [--tokens 200] [--browser /path/to/chromium]
 
 The server runs in this process on a scripted engine, so that the moment a token is produced is known to the microsecond; the browser is
-a real one. Prints, for each history: CPU per token, last token produced to last token painted; then the first token's time over 20 replies.
+a real one. Prints, for each history: CPU per token, last token produced to last token painted; then the first token's time over 20 replies, how
+long a chat of 5,000 messages takes to show its end, and how much the page's heap has grown over a reply of 10,000 tokens.
 """
 
 from __future__ import annotations
@@ -195,6 +196,54 @@ def measure(bench: Bench, page: Any, owner: Identity, runs: int) -> None:
     print(f"first token painted {statistics.median(first):.1f} ms after the engine produced it (median of 20, worst {max(first):.1f})")
 
 
+LONG, LONG_REPLY = 5000, 10_000
+
+
+def opening(bench: Bench, page: Any, owner: Identity, runs: int) -> None:
+    """A click on a long chat in the list, until its last message is painted."""
+    short, long = bench.fill(owner, 10), bench.fill(owner, LONG)
+    page.goto(f"{bench.url}#c={short}")
+    page.reload()
+    page.wait_for_function("() => document.querySelector('#tgw-chat')?.textContent.includes('Message 9.')")
+    taken = []
+    for _ in range(runs):
+        began = time.time()
+        page.evaluate(PAINTED, f"Message {LONG - 1}.")
+        page.evaluate("(id) => { location.hash = `#c=${id}`; }", long)
+        taken.append(float(page.evaluate("() => window.tgwPainted")) - began * 1000)
+        page.evaluate(PAINTED, "Message 9.")
+        page.evaluate("(id) => { location.hash = `#c=${id}`; }", short)
+        page.evaluate("() => window.tgwPainted")
+    print(f"a chat of {LONG:,} messages shows its end after {statistics.median(taken):.0f} ms (median of {runs}, worst {max(taken):.0f})", flush=True)
+
+
+def heap(page: Any) -> float:
+    """MB in use in the page after a collection."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.enable")
+    session.send("HeapProfiler.collectGarbage")
+    used = {each["name"]: each["value"] for each in _enabled(session).send("Performance.getMetrics")["metrics"]}["JSHeapUsedSize"]
+    session.detach()
+    return float(used) / 1e6
+
+
+def _enabled(session: Any) -> Any:
+    session.send("Performance.enable")
+    return session
+
+
+def growth(bench: Bench, page: Any, owner: Identity) -> None:
+    """The page's heap before and after a long reply."""
+    open_chat(page, bench, bench.fill(owner, 10))
+    bench.backend.tokens = 50
+    ask(bench, page, LAST)  # what a first reply makes once is no growth
+    before = heap(page)
+    bench.backend.tokens = LONG_REPLY
+    ask(bench, page, LAST)
+    after = heap(page)
+    print(f"heap of the page after a reply of {LONG_REPLY:,} tokens: {after - before:+.1f} MB ({before:.1f} -> {after:.1f})", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,6 +265,9 @@ def main() -> None:
         owner = bench.auth.identify(cookies)
         assert owner, json.dumps(sorted(cookies))
         measure(bench, page, owner, arguments.runs)
+        opening(bench, page, owner, max(arguments.runs, 5))
+        page.set_default_timeout(300_000)
+        growth(bench, page, owner)
         browser.close()
         bench.app.close()
 

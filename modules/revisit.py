@@ -108,7 +108,7 @@ def _differences(app: App, backend: Backend, details: Any, length: int) -> list[
         names.append(name)
     status, path = app.models.status(), app.models.file
     return explain.differences(
-        {**details, "model_hash": _hash(app, details)}, length, backend, status.name, app.hashes.get(path) if path else None, names
+        {**details, "model_hash": _hash(app, details)}, length, backend, status.name or "", app.hashes.get(path) if path else None, names
     )
 
 

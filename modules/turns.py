@@ -77,7 +77,10 @@ def prompting_of(app: App, backend: Backend, session: Session) -> Prompting:
     """How this session's prompts are made for `backend`: the template chosen, or the model's own, or ChatML."""
     name = session.chat.instruction_template
     text = app.templates.get(name) if name else backend.chat_template
-    return Prompting(ChatTemplate(text, backend.bos_token, backend.eos_token) if text else FALLBACK, session.chat)
+    template = ChatTemplate(text, backend.bos_token, backend.eos_token) if text else FALLBACK
+    # The script of chat mode is nobody's template: whether it begins with BOS is the tokenizer's and the user's affair.
+    adds_bos = session.chat.mode == "chat" and session.sampling.add_bos_token and bool(backend.encode("", True))
+    return Prompting(template, session.chat, adds_bos)
 
 
 def opened(session: Session, path: Sequence[Message]) -> tuple[Sequence[Message], bool]:

@@ -8,8 +8,6 @@ import yaml
 from modules.errors import NameError_, NotFound, SettingsError
 from modules.presets import NAMES, SHIPPED, Presets
 from modules.samplers import NEUTRAL, SamplingParams
-from modules.sessions import Session
-from modules.settings import ChatOptions
 
 
 @pytest.fixture
@@ -44,10 +42,10 @@ def test_shipped_presets_need_no_file(presets):
 def test_a_preset_is_whole_and_valid(presets, name):
     values = presets.get(name)
     assert tuple(values) == NAMES
-    session = Session(SamplingParams(seed=7, min_p=0.3, temperature=0.1), ChatOptions()).change(values)
-    assert session.sampling.seed == 7  # not the preset's
-    assert session.sampling.differences().items() >= {k: v for k, v in SHIPPED[name].items() if k != "top_p"}.items()
-    assert session.sampling.min_p == SHIPPED[name].get("min_p", 0)
+    sampling = SamplingParams(seed=7, min_p=0.3, temperature=0.1).replace(values)
+    assert sampling.seed == 7  # not the preset's
+    assert sampling.differences().items() >= {k: v for k, v in SHIPPED[name].items() if k != "top_p"}.items()
+    assert sampling.min_p == SHIPPED[name].get("min_p", 0)
 
 
 def test_what_a_file_does_not_name_is_neutral(presets):

@@ -1,15 +1,71 @@
-"""The Chat tab: one empty place. The list, the messages and the composer in it are made by `assets/main.js`."""
+"""The Chat tab: an empty place, filled by `assets/main.js`, and beside it the settings of the conversation shown.
+
+The settings are Gradio's controls of ChatOptions and PageOptions. What a person does there goes through the page's script (`panel.js`).
+"""
 
 from __future__ import annotations
+
+import json
 
 import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
-from modules.ui.controls import host
+from modules.settings import WHO, ChatOptions, PageOptions
+from modules.ui.controls import QUIET, Choices, controls, groups, host
+from modules.ui.library_routes import styles
+
+_HOOK = "window.tgw.set"
+_ELSEWHERE = {"preset", "instruction_template", "character"}
+"""Chosen by menus: the first two on the Parameters tab, a character above its fields."""
+_LANGUAGES: Choices = (("The browser's", "auto"), ("English", "en"), ("Русский", "ru"))
 
 
 def build(app: App, tab: gr.Tab) -> dict[str, Component]:
-    """Make the tab; it has no control of the session."""
-    host("chat", elem_id="tgw-chat")
-    return {}
+    """Make the tab; returns the controls that show a value in effect, by name."""
+    made: dict[str, Component] = {}
+    choices: dict[str, Choices] = {"chat_style": [(name, name) for name in styles(app)], "language": _LANGUAGES}
+    with gr.Row(elem_id="tgw-chat-row"):
+        host("chat", elem_id="tgw-chat")
+        with gr.Column(elem_id="tgw-panel", elem_classes="tgw-page"):
+            with gr.Row(elem_classes="tgw-panel-head"):
+                gr.HTML("", elem_id="tgw-panel-name", padding=False)
+                close = gr.Button("Close", size="md", elem_id="tgw-panel-close")
+            for group, knobs in {**groups(ChatOptions), **groups(PageOptions)}.items():
+                who = group == WHO
+                with gr.Accordion(group, open=True, elem_classes=["tgw-group", *(["tgw-people"] if who else [])]):
+                    if who:
+                        made["character"] = _people(app, "character", app.characters.names())
+                        _people(app, "user", app.users.names())
+                    made |= controls([knob for knob in knobs if knob.name not in _ELSEWHERE], _HOOK, choices=choices)
+    close.click(None, None, None, js="() => { window.tgw.panel(); }", **QUIET)
+    return made
+
+
+def _people(app: App, kind: str, names: list[str]) -> gr.Dropdown:
+    """The menu of the files of one `kind`, "character" or "user", and the buttons to keep what stands in the fields below as such a file."""
+    title = kind.capitalize()
+    with gr.Row(elem_classes="tgw-inset"):
+        menu = gr.Dropdown(
+            names,
+            value="",
+            label=title,
+            info=f"Fills in the fields below from a file of the {kind}s folder.",
+            interactive=True,
+            allow_custom_value=True,  # files come and go while the page is open; the server checks the name
+            elem_classes=["tgw-wide", f"tgw-{kind}"],
+        )
+    menu.focus(None, None, menu, js=_call(kind, "menu"), **QUIET)
+    menu.select(None, menu, None, js=_call(kind, "choose", "name"), **QUIET)
+    if not app.settings.multi_user:  # else nobody changes the files
+        with gr.Row(elem_classes="tgw-toolbar tgw-inset"):
+            save = gr.Button("Save as…", size="md", elem_classes=f"tgw-save-{kind}")
+            delete = gr.Button("Delete…", size="md", elem_classes=f"tgw-delete-{kind}")
+        save.click(None, menu, menu, js=_call(kind, "save", "name"), **QUIET)
+        delete.click(None, menu, menu, js=_call(kind, "remove", "name"), **QUIET)
+    return menu
+
+
+def _call(kind: str, function: str, argument: str = "") -> str:
+    """JavaScript that calls a function of the page's panel.js and shows what it answers."""
+    return f"({argument}) => window.tgw.people.{function}({json.dumps(kind)}{', ' * bool(argument)}{argument})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -42,17 +42,28 @@ def groups(options: type[Options]) -> dict[str, list[Knob]]:
     return found
 
 
-def controls(knobs: Iterable[Knob], hook: str, values: Mapping[str, Any] | None = None, extra_class: str = "") -> dict[str, Component]:
-    """A control for each of `knobs`, by name."""
-    return {knob.name: control(knob, hook, (values or {}).get(knob.name, knob.default), extra_class) for knob in knobs}
+Choices = Sequence[tuple[str, Any]]
+"""What a menu offers: a text and the value that it stands for."""
 
 
-def control(knob: Knob, hook: str, value: Any, extra_class: str = "") -> Component:
+def controls(
+    knobs: Iterable[Knob],
+    hook: str,
+    values: Mapping[str, Any] | None = None,
+    extra_class: str = "",
+    choices: Mapping[str, Choices] | None = None,
+) -> dict[str, Component]:
+    """A control for each of `knobs`, by name. `choices`: what those offer whose declaration does not say it, or does not say it in words."""
+    given = values or {}
+    return {knob.name: control(knob, hook, given.get(knob.name, knob.default), extra_class, (choices or {}).get(knob.name, ())) for knob in knobs}
+
+
+def control(knob: Knob, hook: str, value: Any, extra_class: str = "", choices: Choices = ()) -> Component:
     """The control of `knob`, showing `value`. Its CSS class is knob-<name>.
 
     At each change by a person it calls the JavaScript `hook(name, value)`; `hook` may be a call that lacks its last two arguments: `f("a", `.
     """
-    built = _component(knob, shown(value), [f"knob-{knob.name}", *extra_class.split()])
+    built = _component(knob, shown(value), [f"knob-{knob.name}", *extra_class.split()], choices or [(str(each), each) for each in knob.choices])
     opened = hook if "(" in hook else f"{hook}("
     call = f"(value) => {{ {opened}{json.dumps(knob.name)}, {_reading(knob, built)}); }}"
     # A text is told when it is complete: half a quoted string is not a valid value.
@@ -66,21 +77,30 @@ def shown(value: Any) -> Any:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
+def showing(built: Component, value: Any) -> Any:
+    """What a Gradio function answers so that `built` shows `value`. A slider reaches as far as the value, which the API may have set beyond."""
+    if not isinstance(built, gr.Slider):
+        return shown(value)
+    return gr.update(value=value, minimum=min(value, built.minimum), maximum=max(value, built.maximum))
+
+
 def _reading(knob: Knob, built: Component) -> str:
     """JavaScript from what a control tells to what is posted."""
-    if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range
-        return f"Math.min({built.maximum}, Math.max({built.minimum}, value ?? {built.minimum}))"
+    if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range, which `showing` may have stretched
+        return f"window.tgw.within({json.dumps(knob.name)}, value, {built.minimum}, {built.maximum})"
     if knob.type is list:
         return 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'
     return "value"
 
 
-def _component(knob: Knob, value: Any, classes: list[str]) -> Component:
+def _component(knob: Knob, value: Any, classes: list[str], choices: Choices) -> Component:
     lines = 3 if knob.multiline or knob.type is list else 1
     classes = [*classes, "tgw-wide"] if lines > 1 else classes
     common: dict[str, Any] = {"label": label(knob), "info": knob.help, "elem_classes": classes, "interactive": True}
     if knob.choices:
-        return (gr.Radio if len(knob.choices) <= 4 else gr.Dropdown)(list(knob.choices), value=value, **common)
+        return (gr.Radio if len(choices) <= 4 else gr.Dropdown)(list(choices), value=value, **common)
+    if choices:  # files, which come and go: one that is chosen and gone is shown all the same
+        return gr.Dropdown(list(choices), value=value, allow_custom_value=True, **common)
     if knob.type is bool:
         return gr.Checkbox(value, **common)
     if knob.type in (int, float):

@@ -12,6 +12,7 @@ from modules import loaders
 from modules.app import App
 from modules.backends.base import Loader
 from modules.ui.controls import QUIET, controls, groups, host
+from modules.ui.i18n import Words
 
 AUTOMATIC = "Automatic"
 _NAMES = "async () => {{ const names = await window.tgw.models(); return {{ __type__: 'update', choices: names.map((name) => [name, name]){} }}; }}"
@@ -27,7 +28,7 @@ def build(app: App, tab: gr.Tab) -> dict[str, Component]:
             model = gr.Dropdown(
                 [],
                 label="Model",
-                info=f"Put .gguf files into {app.data.models} and press Refresh.",
+                info=Words("Put .gguf files into {folder} and press Refresh.", {"folder": app.data.models}),
                 interactive=True,
                 scale=4,
                 elem_classes="tgw-models",
@@ -65,6 +66,11 @@ def _options(app: App, loader: Loader) -> None:
     values = app.configuration.group(loader.options).model_dump()
     with gr.Column(elem_classes=["tgw-loader", f"loader-{re.sub('[^a-z0-9]+', '-', loader.name.lower())}"]):
         for group, knobs in groups(loader.options).items():
-            title = f"Options of {loader.name}" if group.lower() in ("", loader.name.lower()) else f"{loader.name}: {group}"
+            own = group.lower() in ("", loader.name.lower())
+            title = (
+                Words("Options of {loader}", {"loader": loader.name})
+                if own
+                else Words("{loader}: {group}", {"loader": loader.name, "group": Words(group)})
+            )
             with gr.Accordion(title, open=False, elem_classes="tgw-group"):
                 controls(knobs, f"window.tgw.option({json.dumps(loader.name)}, ", values)

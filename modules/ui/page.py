@@ -1,6 +1,7 @@
 """The page: header, one tab a row of TABS, appearance. Building it needs no model and starts nothing.
 
     page = build_page(app, session_values)
+    server.add_middleware(Speaking, values=session_values)
     gr.mount_gradio_app(server, page, path="/", **appearance(), ssr_mode=False, run_history=False, …)
 
 The server serves the files of ASSETS as `assets/<fingerprint>/<name>`, before Gradio's own `assets/`.
@@ -11,14 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
 from modules.ui import ASSETS, chat_tab, model_tab, parameters_tab
-from modules.ui.controls import host, shown
+from modules.ui.controls import QUIET, host, showing
+from modules.ui.i18n import translate
 
 TITLE = "Text Generation Web UI"
 
@@ -40,25 +42,45 @@ TABS = (
 )
 
 
-def build_page(app: App, session_values: Callable[[gr.Request], Mapping[str, Any]]) -> gr.Blocks:
-    """The page of `app`. `session_values` gives the values that the asking browser has chosen, by name."""
+_CONVERSATION = "() => window.tgw?.conversation?.() || (/^#c=([\\w-]+)$/.exec(location.hash)?.[1] ?? '')"
+"""Which one is shown; while the script is not there yet, the address says it."""
+
+
+class SessionValues(Protocol):
+    """Gives the values in effect for the asking browser, by name."""
+
+    def __call__(self, request: gr.Request, conversation: str) -> Mapping[str, Any]:
+        """`conversation`: those in effect in it; its own for "" and for a conversation that the browser does not have."""
+        ...
+
+
+def build_page(app: App, session_values: SessionValues) -> gr.Blocks:
+    """The page of `app`, in English for a server without `i18n.Speaking`."""
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False) as page:
         host("header", f'<div data-theme="{app.settings.dark_theme}"></div>', elem_id="tgw-header")
-        controls: dict[str, Component] = {}
+        made: dict[str, Component] = {}
         with gr.Tabs(elem_id="tgw-tabs"):
             for tab in TABS:
                 if not (tab.administration and app.settings.multi_user):
                     with gr.Tab(tab.label, id=tab.label.lower(), elem_id=f"tgw-tab-{tab.label.lower()}") as place:
-                        controls |= tab.build(app, place)
-
-        def values(request: gr.Request) -> list[Any]:
-            found = session_values(request)
-            return [shown(found[name]) for name in controls]
-
-        again = gr.Button("", visible="hidden", elem_id="tgw-repaint")  # pressed by the script when the server holds other values
-        for event in (page.load, again.click):
-            event(values, None, list(controls.values()), queue=False, show_progress="hidden", api_visibility="private")
+                        made |= tab.build(app, place)
+        _repaint(page, made, session_values)
+    translate(page)
     return page
+
+
+def _repaint(page: gr.Blocks, made: Mapping[str, Component], session_values: SessionValues) -> None:
+    """Let the controls show the values of the conversation shown: at page load, and when the script presses the button."""
+
+    def values(conversation: str, request: gr.Request) -> list[Any]:
+        found = session_values(request, conversation)
+        return [showing(control, found[name]) for name, control in made.items()]
+
+    conversation = gr.Textbox("", visible="hidden", label="", container=False, elem_id="tgw-shown")
+    again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
+    for event in (page.load, again.click):
+        # always_last: another conversation may have been opened before the answer came
+        event(values, conversation, list(made.values()), js=_CONVERSATION, trigger_mode="always_last", **QUIET)
 
 
 def appearance() -> dict[str, Any]:
@@ -68,8 +90,7 @@ def appearance() -> dict[str, Any]:
     return {
         "theme": Theme(),
         "footer_links": [],
-        "head": f'{styles}<script type="module" src="{base}/main.js"></script>'
-        '<meta name="color-scheme" content="light dark">',
+        "head": f'{styles}<script type="module" src="{base}/main.js"></script><meta name="color-scheme" content="light dark">',
     }
 
 

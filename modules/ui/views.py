@@ -52,6 +52,7 @@ def stats_view(stats: Stats, seed: int | None = None) -> dict[str, Any]:
         "seconds": stats.seconds,
         "first_token_seconds": stats.first_token_seconds,
         "queue_seconds": stats.queue_seconds,
+        "prefill_seconds": stats.prefill_seconds,
         "draft_tokens": stats.draft_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "seed": seed,

@@ -12,15 +12,13 @@ import { alerts } from './alerts.js';
 import { press } from './commands.js';
 import { model } from './model.js';
 import { library } from './library.js';
-import { panel } from './panel.js';
 import { link } from './link.js';
 import { theme } from './theme.js';
 
 function build() {
   const [scroller, announce] = chat.build();
-  const made = panel.build?.() || [];
   root.append(...sidebar.build(), el('section.tgw-main', { 'aria-label': t('Conversation') }, head.build(), scroller, announce,
-    el('div.tgw-dock', {}, chat.jump, link.build(), toasts, composer.build(), live.build())), ...[made].flat());
+    el('div.tgw-dock', {}, chat.jump, link.build(), toasts, composer.build(), live.build())));
   chat.jump.hidden = true;
   alerts.build();
   root.classList.toggle('closed', PHONE.matches || memory.get('tgw.side') === 'closed');
@@ -60,6 +58,7 @@ export function startNew({ incognito = false } = {}) {
 
 /** Show or hide the settings beside the conversation; with the name of one of them, go to it. */
 export async function showPanel(option) {
+  const { panel } = await import('./panel.js');
   panel.toggle(option ? true : undefined);
   if (!option) return;
   await new Promise((shown) => requestAnimationFrame(shown));
@@ -82,7 +81,13 @@ async function language() {
   return ['en', 'ru'].includes(wanted) ? wanted : 'en';
 }
 
-/** What Gradio's controls and hosts call. */
+await speak(await language());
+document.body.append(floating);
+build();
+model.build();
+theme.build();
+
+/** What Gradio's controls and hosts call, from now on: everything is built. */
 window.tgw = {
   library,
   set(name, value) { if (name === 'language') rememberLanguage(value); session.set(name, value); },
@@ -120,11 +125,6 @@ window.tgw = {
   },
 };
 
-await speak(await language());
-document.body.append(floating);
-build();
-model.build();
-theme.build();
 model.show(model.status);
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);
 sidebar.load();
