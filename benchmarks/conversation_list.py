@@ -1,6 +1,8 @@
 """Times of the conversation list, its search, a long chat's newest page and the save of a running reply, on a generated store.
 
-    python -m benchmarks.conversation_list [--conversations 2000] [--messages 100] [--seed 1]
+    python -m benchmarks.conversation_list [--conversations 10000] [--messages 20] [--seed 1]
+
+Two thirds of the conversations lie in FOLDERS folders, half have tags (one common, one of TAGS), one in 200 is pinned.
 
 Words are drawn with a natural language's frequencies (Zipf), about 40 a message, so that a common word stands in nearly every conversation.
 Prints milliseconds: the median of 20 and the worst.
@@ -27,6 +29,7 @@ LONG = 1000
 """Messages of the long conversation."""
 HAN = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可她里后"
 RARE = "quetzalcoatl"
+FOLDERS, TAGS = 20, 100
 
 
 def vocabulary(random_: random.Random, size: int = 20_000) -> list[str]:
@@ -41,7 +44,10 @@ def conversations(count: int, messages: int, random_: random.Random) -> Iterator
     weights = list(itertools.accumulate(1 / (rank + 2) for rank in range(len(words))))
     for number in range(count):
         # The title holds no word that is searched for: title hits would fill the page and hide the cost of the messages.
-        yield _conversation(f"Conversation {number}", messages, words, weights, random_)
+        made = _conversation(f"Conversation {number}", messages, words, weights, random_)
+        folder = f"folder {number % FOLDERS}" if number % 3 else ""
+        tags = ("common", f"tag {number // 2 % TAGS}") if number % 2 else ()
+        yield replace(made, folder=folder, tags=tags, pinned=number % 200 == 0)
 
 
 def _conversation(title: str, count: int, words: list[str], weights: list[float], random_: random.Random) -> Conversation:
@@ -103,10 +109,22 @@ def measure(path: Path, store: Store, seed: int) -> None:
     report("list, first page", lambda: store.conversations(OWNER))
     second = store.conversations(OWNER).next
     report("list, second page", lambda: store.conversations(OWNER, before=second))
+    report("list, a folder", lambda: store.conversations(OWNER, folder="folder 3"))
+    report("list, those in no folder", lambda: store.conversations(OWNER, folder=""))
+    report("list, a common tag", lambda: store.conversations(OWNER, tag="common"))
+    report("list, a rare tag", lambda: store.conversations(OWNER, tag="tag 7"))
+    report("list, a folder and a tag", lambda: store.conversations(OWNER, folder="folder 4", tag="common"))
+    report("names of folders and tags, with counts", lambda: store.folders(OWNER))
     for name, query in queries(random.Random(seed)).items():
         before = store.conversations(OWNER, query).next if name.startswith("second") else None
         hits = len(store.conversations(OWNER, query, before=before).items)
         report(f"search, {name} ({hits} rows)", lambda query=query, before=before: store.conversations(OWNER, query, before=before))  # type: ignore[misc]
+    common = queries(random.Random(seed))["common word"]
+    report("search, common word in a folder", lambda: store.conversations(OWNER, common, folder="folder 3"))
+    report("search, common word with a rare tag", lambda: store.conversations(OWNER, common, tag="tag 7"))
+    some = [item.id for item in store.conversations(OWNER).items]
+    report("pin and tag 50 conversations", lambda: store.arrange(OWNER, some, pinned=True, add_tags=["new"]))
+    report("delete a conversation and undo it", lambda: store.restore(OWNER, store.delete(OWNER, some[0])))
 
 
 def measure_long(store: Store, random_: random.Random) -> None:
@@ -122,6 +140,7 @@ def measure_long(store: Store, random_: random.Random) -> None:
         text = " ".join(random_.sample(long.messages[long.tip or ""].text.split(), k=10))
         store.save(replace(reply, text=(text * 100)[:4000], state=state))
 
+    report("the tree view's beginnings", lambda: store.tree(OWNER, long.id))
     report("save a running reply of 4,000 characters", lambda: save("running"))
     report("end a reply of 4,000 characters", lambda: save("done"))
 
@@ -129,8 +148,8 @@ def measure_long(store: Store, random_: random.Random) -> None:
 def main(argv: list[str]) -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--conversations", type=int, default=2000)
-    parser.add_argument("--messages", type=int, default=100, help="a conversation")
+    parser.add_argument("--conversations", type=int, default=10_000)
+    parser.add_argument("--messages", type=int, default=20, help="a conversation")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -205,7 +205,7 @@ def _own(document: dict[str, Any]) -> Iterator[_Tree]:
         if not isinstance(tip, str | None) or tip not in new:
             raise _Fault(f"{where}: its tip is none of its messages")
         tree.tip = new[tip]
-        tree.settings = _plain(_bounded(_maybe(dict, entry.get("settings")), where))
+        tree.settings = _plain(_bounded(_maybe(dict, entry.get("settings")), f"{where}: its settings"))
         tree.folder, tree.pinned = clean_name(_maybe(str, entry.get("folder"))), entry.get("pinned") is True
         names = {clean_name(name) for name in _maybe(list, entry.get("tags"))[:MAX_TAGS] if isinstance(name, str)}
         tree.tags = tuple(sorted(names - {""}))
@@ -235,17 +235,18 @@ _SHOWN_DETAILS = {  # what the page and the turns rely on
 _STATS = get_type_hints(Stats)  # so is this: another kind of value is left out
 
 
-def _bounded(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _bounded(values: dict[str, Any], what: str) -> dict[str, Any]:
     level: list[Any] = [values]
     for _ in range(_MAX_DEPTH):
         level = [v for value in level for v in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())]
     if level:
-        raise _Fault(f"{where}: its details are nested too deeply")
+        raise _Fault(f"{what} are nested too deeply")
     return values
 
 
 def _details(details: dict[str, Any], where: str) -> dict[str, Any]:
-    kept = {key: value for key, value in _plain(_bounded(details, where)).items() if value is None or _is(value, _SHOWN_DETAILS.get(key, object))}
+    plain = _plain(_bounded(details, f"{where}: its details"))
+    kept = {key: value for key, value in plain.items() if value is None or _is(value, _SHOWN_DETAILS.get(key, object))}
     stats = {key: value for key, value in _maybe(dict, kept.pop("stats", None)).items() if key in _STATS and _is(value, _STATS[key])}
     return {**kept, "stats": stats} if stats else kept
 

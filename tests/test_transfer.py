@@ -11,9 +11,10 @@ from markdown_it import MarkdownIt
 from modules import transfer
 from modules.conversation import Conversation, Message, new_id
 from modules.errors import DataError
+from modules.paths import safe_name
 from modules.replies import Stats
-from modules.store import Store, clean_title
-from modules.transfer import FORMAT, read, to_json, to_markdown
+from modules.store import MAX_NAME, MAX_TAGS, Store, clean_title
+from modules.transfer import FORMAT, file_name, read, to_json, to_markdown
 
 ANNA = "anna"
 
@@ -158,6 +159,67 @@ def test_the_export_is_the_documented_format():
     assert (document["format"], document["version"], len(document["conversations"])) == ("tgw-conversations", 1, 2)
     assert set(document["conversations"][0]) == {"title", "tip", "messages"}
     assert set(document["conversations"][0]["messages"][0]) == {"id", "parent", "role", "text", "reasoning", "created", "state", "details"}
+
+
+def test_folder_tags_pins_and_settings_travel_too():
+    pinned = Message("m", None, "user", "text", details={"pinned": True})
+    settings_ = {"mode": "chat", "stopping_strings": ["a"], "temperature": 0.5}
+    whole = Conversation("c", "bert", "t", {"m": pinned}, "m", settings_, "My folder", ("a", "ü"), True)
+    plain = Conversation("d", "bert", "plain")
+    found, other = read(to_json([whole, plain]).encode(), "x", ANNA)
+    assert (found.folder, found.tags, found.pinned, found.settings) == ("My folder", ("a", "ü"), True, settings_)
+    assert next(iter(found.messages.values())).details == {"pinned": True}
+    assert (other.folder, other.tags, other.pinned, other.settings) == ("", (), False, {})
+    assert json.loads(to_json([plain]))["conversations"] == [{"title": "plain", "tip": None, "messages": []}]
+
+
+@pytest.mark.parametrize("odd_value", [None, 5, "x", [1], {"a": 1}, float("inf"), "\ud800", ["a", 5, None, "", " a\n", "x" * 999]])
+def test_odd_arrangements_in_a_file_are_left_out(odd_value):
+    entry = {"title": "t", "tip": None, "messages": [], **dict.fromkeys(("folder", "tags", "pinned", "settings"), odd_value)}
+    (found,) = take({"format": FORMAT, "version": 1, "conversations": [entry]})
+    assert found.folder == ({"x": "x", "\ud800": "\ufffd"}.get(odd_value, "") if isinstance(odd_value, str) else "")
+    assert found.tags == (("a", "x" * MAX_NAME) if odd_value == ["a", 5, None, "", " a\n", "x" * 999] else ())
+    assert found.pinned is False
+    assert found.settings == ({"a": 1} if isinstance(odd_value, dict) else {})
+
+
+def test_many_tags_and_deep_settings_in_a_file():
+    entry = {"title": "t", "tip": None, "messages": [], "tags": [str(i) for i in range(1000)]}
+    (found,) = take({"format": FORMAT, "version": 1, "conversations": [entry]})
+    assert len(found.tags) == MAX_TAGS
+    deep: list = []
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(DataError, match="conversation 1: its settings are nested too deeply"):
+        take({"format": FORMAT, "version": 1, "conversations": [{**entry, "settings": {"a": deep}}]})
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("Boiled eggs", "Boiled eggs"),
+        ("", "conversation"),
+        ("...", "conversation"),
+        ("CON", "conversation"),
+        ("nul.json", "conversation"),
+        ("../../etc/passwd", "etc passwd"),
+        ('a/b\\c:d*e?f"g<h>i|j', "a b c d e f g h i j"),
+        ("..\uff0f..\uff0fx", "x"),
+        ("tab\tnew\nline\0", "tab new line"),
+        ("Что такое τ? 北京", "Что такое τ 北京"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("ends with a dot. ", "ends with a dot"),
+    ],
+)
+def test_a_title_becomes_a_file_name(title: str, name: str):
+    assert file_name(title) == name
+
+
+@given(st.text(max_size=300) | st.text("北ü.\u200b/", max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_any_title_becomes_a_usable_file_name(title: str):
+    assert safe_name(file_name(title) + ".json") == file_name(title) + ".json"
+    assert len(file_name(title).encode()) <= 120
 
 
 def test_an_import_never_overwrites():

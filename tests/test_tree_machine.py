@@ -21,7 +21,7 @@ from tests.test_transfer import shape
 
 ANNA, BERT = "anna", "bert"
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
-STEPS = 30
+STEPS = 40
 
 picks = st.integers(0, 999)
 texts = st.text(max_size=12)

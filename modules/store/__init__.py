@@ -25,13 +25,13 @@ from modules.store.database import Connection, Database
 from modules.store.lists import MAX_PAGE, ConversationInfo, Filter, Page, bounded
 from modules.store.rows import MAX_TAGS, MessagePage, Node, ShownMessage, in_conversation, owned
 from modules.store.schema import MIGRATIONS
-from modules.store.trash import Trashed
+from modules.store.trash import FIRST_IN_MEMORY, Trashed
 from modules.store.words import MAX_NAME, MAX_TITLE, Snippet, clean, clean_name, clean_title, title_from
 
 __all__ = [
-    "INCOGNITO", "MAX_DRAFTS", "MAX_DRAFT_CHARACTERS", "MAX_NAME", "MAX_PAGE", "MAX_SESSIONS", "MAX_TAGS", "MAX_TITLE", "MIGRATIONS",
-    "ConversationInfo", "MessagePage", "Node", "Page", "ShownMessage", "Snippet", "Store", "Trashed", "clean", "clean_name", "clean_title",
-    "title_from",
+    "FIRST_IN_MEMORY", "INCOGNITO", "MAX_DRAFTS", "MAX_DRAFT_CHARACTERS", "MAX_NAME", "MAX_PAGE", "MAX_SESSIONS", "MAX_TAGS", "MAX_TITLE",
+    "MIGRATIONS", "ConversationInfo", "MessagePage", "Node", "Page", "ShownMessage", "Snippet", "Store", "Trashed", "clean", "clean_name",
+    "clean_title", "title_from",
 ]  # fmt: skip
 
 INCOGNITO = "incognito-"

@@ -155,16 +155,17 @@ def search(db: Connection, chosen: Filter, query: str, limit: int, before: str |
 
 def _found(db: Connection, chosen: Filter, match: str, count: int) -> list[tuple[int, int | None]]:
     """Up to `count` conversations, each with its newest message that matches, or None where the title does."""
-    where, values = chosen.sql()
-    # The index knows the owner; whoever looks into a folder or for a tag pays for one more look a hit.
-    only = "" if chosen.folder is chosen.tag is None else f"AND %s IN (SELECT c.number FROM conversations c WHERE {where})"
-    values = values if only else []
+    # The index knows the owner. Within a folder or a tag each hit is looked up among the numbers that lie there, not in the table itself.
+    where, values = chosen.sql() if (chosen.folder, chosen.tag) != (None, None) else ("", [])
+    there = f"SELECT number FROM conversations c WHERE {where}"
+    among = "AND +{} IN ({})" if where else ""
     by_title = f"""SELECT c.number FROM title_index t JOIN conversations c ON c.number = t.rowid
-        WHERE t.title_index MATCH ? {only.replace("%s", "t.rowid")} ORDER BY c.turn DESC, c.changed DESC LIMIT ?"""
+        WHERE t.title_index MATCH ? {among.format("t.rowid", there)} ORDER BY c.turn DESC, c.changed DESC LIMIT ?"""
     found: dict[int, int | None] = dict.fromkeys(row["number"] for row in db.execute(by_title, (match, *values, count)))
     # CROSS JOIN fixes the order of the loops, so that hits stream newest first and reading stops when the page is full.
     hits = f"""SELECT m.number, m.conversation FROM message_index i CROSS JOIN messages m ON m.number = i.rowid
-        WHERE i.message_index MATCH ? {only.replace("%s", "m.conversation")} ORDER BY i.rowid DESC LIMIT ?"""
+        WHERE i.message_index MATCH ? {among.format("i.rowid", f"SELECT number FROM messages WHERE conversation IN ({there})")}
+        ORDER BY i.rowid DESC LIMIT ?"""
     rows = db.execute(hits, (match, *values, _MAX_HITS))
     while len(found) < count and (row := rows.fetchone()):
         found.setdefault(row["conversation"], row["number"])

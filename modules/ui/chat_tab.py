@@ -11,13 +11,14 @@ import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
+from modules.options import Knob
 from modules.settings import WHO, ChatOptions, PageOptions
 from modules.ui.controls import QUIET, Choices, controls, groups, host
 from modules.ui.library_routes import styles
 
 _HOOK = "window.tgw.set"
 _ELSEWHERE = {"preset", "instruction_template", "character"}
-"""Chosen by menus: the first two on the Parameters tab, a character above its fields."""
+"""Menus: the first two on the Parameters tab, a character's above its fields."""
 _LANGUAGES: Choices = (("The browser's", "auto"), ("English", "en"), ("Русский", "ru"))
 
 
@@ -29,20 +30,29 @@ def build(app: App, tab: gr.Tab) -> dict[str, Component]:
         host("chat", elem_id="tgw-chat")
         with gr.Column(elem_id="tgw-panel", elem_classes="tgw-page"):
             with gr.Row(elem_classes="tgw-panel-head"):
-                gr.HTML("", elem_id="tgw-panel-name", padding=False)
+                gr.HTML("Settings of this chat", elem_id="tgw-panel-name", padding=False)
                 close = gr.Button("Close", size="md", elem_id="tgw-panel-close")
             for group, knobs in {**groups(ChatOptions), **groups(PageOptions)}.items():
-                who = group == WHO
-                with gr.Accordion(group, open=True, elem_classes=["tgw-group", *(["tgw-people"] if who else [])]):
-                    if who:
-                        made["character"] = _people(app, "character", app.characters.names())
-                        _people(app, "user", app.users.names())
-                    made |= controls([knob for knob in knobs if knob.name not in _ELSEWHERE], _HOOK, choices=choices)
+                with gr.Accordion(group, open=True, elem_classes=["tgw-group", *(["tgw-people"] if group == WHO else [])]):
+                    if group == WHO:
+                        made |= _people(app, {knob.name: knob for knob in knobs})
+                    else:
+                        made |= controls([knob for knob in knobs if knob.name not in _ELSEWHERE], _HOOK, choices=choices)
     close.click(None, None, None, js="() => { window.tgw.panel(); }", **QUIET)
     return made
 
 
-def _people(app: App, kind: str, names: list[str]) -> gr.Dropdown:
+def _people(app: App, knobs: dict[str, Knob]) -> dict[str, Component]:
+    """Who speaks: the character's menu and fields, then the user's, then what concerns both."""
+    user = [knobs[name] for name in ("name1", "user_bio")]
+    character = [knobs[name] for name in ("name2", "context", "greeting")]
+    rest = [knob for knob in knobs.values() if knob not in (*user, *character) and knob.name not in _ELSEWHERE]
+    made: dict[str, Component] = {"character": _menu(app, "character", app.characters.names()), **controls(character, _HOOK)}
+    _menu(app, "user", app.users.names())
+    return {**made, **controls(user, _HOOK), **controls(rest, _HOOK)}
+
+
+def _menu(app: App, kind: str, names: list[str]) -> gr.Dropdown:
     """The menu of the files of one `kind`, "character" or "user", and the buttons to keep what stands in the fields below as such a file."""
     title = kind.capitalize()
     with gr.Row(elem_classes="tgw-inset"):
@@ -68,4 +78,4 @@ def _people(app: App, kind: str, names: list[str]) -> gr.Dropdown:
 
 def _call(kind: str, function: str, argument: str = "") -> str:
     """JavaScript that calls a function of the page's panel.js and shows what it answers."""
-    return f"({argument}) => window.tgw.people.{function}({json.dumps(kind)}{', ' * bool(argument)}{argument})"
+    return f"({argument}) => window.tgwPanel.{function}({json.dumps(kind)}{', ' * bool(argument)}{argument})"

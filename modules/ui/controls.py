@@ -15,9 +15,19 @@ MAX_STEPS = 200_000  # a slider with more has no usable positions: a number fiel
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """For events that a person does not wait for."""
 
-_SPELLING = {word.lower(): word for word in ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "KV", "RoPE", "LoRA", "NUMA", "GBNF", "API"]} | {
+_NAMES = ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "RAM", "KV", "MoE", "LLM", "RoPE", "LoRA", "NUMA", "GBNF", "API"]
+_SPELLING = {word.lower(): word for word in _NAMES} | {
     "ctx": "context",
     "dynatemp": "dynamic temperature",
+    "attn": "attention",
+    "freq": "frequency",
+    "pos": "positional",
+    "emb": "embeddings",
+    "spec": "speculation",
+    "ngram": "n-gram",
+    "mmproj": "vision part (mmproj)",
+    "name1": "your name",
+    "name2": "character's name",
 }
 
 
@@ -87,7 +97,7 @@ def showing(built: Component, value: Any) -> Any:
 def _reading(knob: Knob, built: Component) -> str:
     """JavaScript from what a control tells to what is posted."""
     if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range, which `showing` may have stretched
-        return f"window.tgw.within({json.dumps(knob.name)}, value, {built.minimum}, {built.maximum})"
+        return f"window.tgwPanel.within({json.dumps(knob.name)}, value, {built.minimum}, {built.maximum})"
     if knob.type is list:
         return 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'
     return "value"

@@ -39,7 +39,8 @@ class Words:
     """What stands for {name} in the text."""
 
     def __str__(self) -> str:
-        said = russian().get(self.english, self.english) if _asker.get().language == RUSSIAN else self.english
+        asker = _asker.get()
+        said = russian().get(self.english, self.english) if asker and asker.language == RUSSIAN else self.english
         return said.format(**self.values) if self.values else said
 
 
@@ -53,7 +54,7 @@ def russian() -> Mapping[str, str]:
 def translate(page: gr.Blocks) -> None:
     """Let each control of `page` say its name, help and choices in the language of who asks. Texts without a translation stay as they are."""
     for block in page.blocks.values():
-        for name in (*_TEXTS, *(["value"] if isinstance(block, gr.Button) else [])):
+        for name in (*_TEXTS, *(["value"] if isinstance(block, gr.Button | gr.HTML) else [])):
             text = getattr(block, name, None)
             if isinstance(text, str) and text in russian():
                 setattr(block, name, Words(text))
@@ -69,7 +70,7 @@ def _choice(menu: Block, shown: Any, value: Any) -> Any:
 
 def language_of(chosen: str, accepted: str) -> str:
     """The language that is `chosen`, or ("auto") the first that the browser accepts (its Accept-Language); English where we have none."""
-    wanted = chosen if chosen in LANGUAGES else accepted.split(",")[0].strip()[:2].lower()
+    wanted = chosen if chosen in LANGUAGES else accepted.partition(",")[0].strip()[:2].lower()
     return wanted if wanted in LANGUAGES else ENGLISH
 
 
@@ -84,7 +85,7 @@ class _Asker:
         return self._find()
 
 
-_asker: ContextVar[_Asker] = ContextVar("asker", default=_Asker(lambda: ENGLISH))
+_asker: ContextVar[_Asker | None] = ContextVar("asker", default=None)
 
 
 @contextmanager

@@ -66,11 +66,7 @@ def _options(app: App, loader: Loader) -> None:
     values = app.configuration.group(loader.options).model_dump()
     with gr.Column(elem_classes=["tgw-loader", f"loader-{re.sub('[^a-z0-9]+', '-', loader.name.lower())}"]):
         for group, knobs in groups(loader.options).items():
-            own = group.lower() in ("", loader.name.lower())
-            title = (
-                Words("Options of {loader}", {"loader": loader.name})
-                if own
-                else Words("{loader}: {group}", {"loader": loader.name, "group": Words(group)})
-            )
+            names = {"loader": loader.name, "group": Words(group)}
+            title = Words("Options of {loader}" if group.lower() in ("", loader.name.lower()) else "{loader}: {group}", names)
             with gr.Accordion(title, open=False, elem_classes="tgw-group"):
                 controls(knobs, f"window.tgw.option({json.dumps(loader.name)}, ", values)

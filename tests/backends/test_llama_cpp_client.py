@@ -821,6 +821,14 @@ def test_chunks_that_nobody_fetches_are_merged():
     assert b"".join(frame.raw for frame in frames) == b"x" * 1000 and frames[-2].fields["done"] == 1000
 
 
+def test_totals_of_a_life_in_which_nothing_was_finished():
+    ended = {"steps": 3, "finished": {"stop": 2}}
+    for former, now in (({"finished": {}}, {}), ({}, {"finished": {}}), ({"finished": {}}, {"finished": {}})):
+        assert client._added(former, now) == {"finished": {}}
+    assert client._added({"finished": {}}, ended) == client._added(ended, {}) == ended
+    assert client._added(ended, ended) == {"steps": 6, "finished": {"stop": 4}}
+
+
 def test_merge_keeps_what_only_one_has():
     joined = merge(Frame("chunk", 1, {"prompt": 5, "prefill": 5}), Frame("chunk", 1, {"tokens": [1], "logprobs": [[1]], "done": 1}, b"a"))
     assert joined == Frame("chunk", 1, {"prompt": 5, "prefill": 5, "tokens": [1], "logprobs": [[1]], "done": 1}, b"a")

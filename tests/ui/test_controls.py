@@ -8,7 +8,7 @@ import pytest
 from modules.options import Options, knob
 from modules.samplers import SamplingParams
 from modules.settings import ChatOptions
-from modules.ui.controls import control, controls, groups, label, shown
+from modules.ui.controls import control, controls, groups, label, showing, shown
 
 
 class Example(Options):
@@ -70,7 +70,7 @@ def test_a_control_calls_the_script_and_never_the_server():
     _, page = build("share")
     (event,) = page.fns.values()
     assert event.targets[0][1] == "input"  # a change by a person, not by the page itself
-    assert event.js == '(value) => { window.tgw.set("share", Math.min(1, Math.max(0, value ?? 0))); }'
+    assert event.js == '(value) => { window.tgw.set("share", window.tgwPanel.within("share", value, 0, 1)); }'
     assert event.fn is None
     assert not event.outputs
 
@@ -87,7 +87,8 @@ def test_a_list_is_told_as_a_list():
 
 def test_a_hook_may_be_a_call_with_a_first_argument():
     _, page = build("share", 'window.tgw.option("llama.cpp", ')
-    assert next(iter(page.fns.values())).js == '(value) => { window.tgw.option("llama.cpp", "share", Math.min(1, Math.max(0, value ?? 0))); }'
+    js = next(iter(page.fns.values())).js
+    assert js == '(value) => { window.tgw.option("llama.cpp", "share", window.tgwPanel.within("share", value, 0, 1)); }'
 
 
 def test_groups_leave_out_what_is_not_here_yet():
@@ -101,6 +102,24 @@ def test_given_values_are_shown():
     with gr.Blocks():
         made = controls([KNOBS["share"], KNOBS["count"]], "f", {"share": 0.25})
     assert {name: each.value for name, each in made.items()} == {"share": 0.25, "count": 3}
+
+
+def test_given_choices_are_offered():
+    """Words for what is declared, or a menu of files for a text: one that is not there any more is shown all the same."""
+    with gr.Blocks():
+        made = controls([KNOBS["size"], KNOBS["name"]], "f", {"name": "gone"}, choices={"size": [("Small", "s")], "name": [("x", "x")]})
+    assert made["size"].choices == [("Small", "s")]
+    assert isinstance(made["name"], gr.Dropdown) and made["name"].value == "gone" and made["name"].allow_custom_value
+
+
+@pytest.mark.parametrize(("value", "range"), [(0.5, (0, 1)), (0, (0, 1)), (3, (0, 3)), (-2, (-2, 1))])
+def test_a_slider_is_stretched_to_show_a_value(value, range):
+    told = showing(build("share")[0], value)
+    assert (told["value"], (told["minimum"], told["maximum"])) == (value, range)
+
+
+def test_other_controls_are_told_the_value_alone():
+    assert [showing(build(name)[0], KNOBS[name].default) for name in ("seed", "names", "on")] == [-1, "a\nb", True]
 
 
 def test_labels_spell_abbreviations():

@@ -11,7 +11,7 @@ from modules import app, launch, settings
 from modules.loaders import LOADERS
 from modules.paths import UserData
 from modules.samplers import NEUTRAL, SamplingParams
-from modules.settings import ChatOptions
+from modules.settings import ChatOptions, PageOptions
 from modules.ui import ASSETS
 from modules.ui.page import TABS, TITLE, appearance, build_page
 from modules.ui.views import BlockPresenter
@@ -33,9 +33,19 @@ def make_app(tmp_path):
         each.close()
 
 
+def values_of(request, conversation):
+    """As the server would give them; in the conversation "warm" the temperature is beyond the slider's range."""
+    own = SamplingParams(temperature=9.5 if conversation == "warm" else 0.7)
+    return {**own.model_dump(), **ChatOptions().model_dump(), **PageOptions().model_dump()}
+
+
+def nothing(request, conversation):
+    return {}
+
+
 @pytest.fixture
 def page(make_app):
-    return build_page(make_app(), lambda request: {**SamplingParams(temperature=0.7).model_dump(), **ChatOptions().model_dump()})
+    return build_page(make_app(), values_of)
 
 
 def of_knob(page, name):
@@ -43,7 +53,7 @@ def of_knob(page, name):
 
 
 def tabs(page):
-    return [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
+    return [str(block.label) for block in page.blocks.values() if isinstance(block, gr.Tab)]
 
 
 def event_of(page, text):
@@ -57,15 +67,35 @@ def test_one_tab_a_row_of_the_table(page):
     assert page.title == TITLE
 
 
-@pytest.mark.parametrize("name", [*SamplingParams.knobs(), *ChatOptions.knobs()])
+SHOWN = SamplingParams.knobs() | ChatOptions.knobs() | PageOptions.knobs()
+MENUS = {"preset", "instruction_template", "character"}
+"""Parameters that are set by menus of files."""
+
+
+@pytest.mark.parametrize("name", SHOWN.keys() - MENUS)
 def test_every_parameter_has_exactly_one_control(page, name):
     (control,) = of_knob(page, name)
-    knob = (SamplingParams.knobs() | ChatOptions.knobs())[name]
-    if knob.range:
-        assert (control.minimum, control.maximum, control.step) == knob.range
+    if SHOWN[name].range:
+        assert (control.minimum, control.maximum, control.step) == SHOWN[name].range
     posted = [event.js for event in page.fns.values() if event.inputs == [control]]
     assert posted
     assert all(f'window.tgw.set("{name}", ' in js for js in posted)
+
+
+def test_every_value_in_effect_is_shown(page):
+    assert len(repainting(page)[0].outputs) == len(SHOWN)
+
+
+def test_characters_and_users_are_chosen_saved_and_deleted_as_files(page):
+    for kind in ("character", "user"):
+        for what in ("menu", "choose", "save", "remove"):
+            assert event_of(page, f'window.tgwPanel.{what}("{kind}"')
+
+
+def test_in_multi_user_mode_nothing_is_written_to_the_servers_folders(make_app):
+    page = build_page(make_app("--multi-user"), nothing)
+    assert event_of(page, 'window.tgwPanel.choose("character"')
+    assert not [event for event in page.fns.values() if re.search(r"tgwPanel\.(save|remove)|library\.(save|remove)", str(event.js))]
 
 
 def test_every_loader_option_has_exactly_one_control(page):
@@ -76,19 +106,37 @@ def test_every_loader_option_has_exactly_one_control(page):
             assert len({control for event in events for control in event.inputs}) == (0 if knob.later else 1)
 
 
+def repainting(page):
+    return [event for event in page.fns.values() if event.fn is not None]
+
+
+def painted(page, conversation):
+    """What the controls of the Parameters tab are told, by CSS class."""
+    event = repainting(page)[1]
+    return dict(zip([tuple(control.elem_classes)[:1] for control in event.outputs], event.fn(conversation, None), strict=True))
+
+
 def test_no_control_sends_its_value_through_gradio(page):
     """One function on the server: the values at page load, and again when the script asks. Everything else runs in the browser."""
-    load, again = [event for event in page.fns.values() if event.fn is not None]
+    load, again = repainting(page)
     assert load.targets[0][1] == "load" and again.targets[0][1] == "click" and again.outputs == load.outputs
-    assert load.queue is again.queue is False and load.inputs == again.inputs == []
+    for event in (load, again):
+        assert event.queue is False and [each.elem_id for each in event.inputs] == ["tgw-shown"] and "tgw?.conversation" in event.js
+        assert event.trigger_mode == "always_last"  # one that is pressed while the answer is awaited is not passed over
     assert {name for control in load.outputs for name in control.elem_classes} >= {f"knob-{name}" for name in SamplingParams.model_fields}
 
 
-def test_the_values_of_the_asking_browser_are_shown(page):
-    load, _ = [event for event in page.fns.values() if event.fn is not None]
-    shown = dict(zip([control.elem_classes[0] for control in load.outputs], load.fn(None), strict=True))
-    assert shown["knob-temperature"] == 0.7
-    assert shown["knob-sampler_priority"].splitlines()[0] == "repetition_penalty"
+def test_the_values_of_the_conversation_shown_are_shown(page):
+    assert painted(page, "")[("knob-temperature",)]["value"] == 0.7
+    assert painted(page, "")[("knob-sampler_priority",)].splitlines()[0] == "repetition_penalty"
+    assert painted(page, "")[("knob-mode",)] == "instruct"
+
+
+def test_a_slider_reaches_a_value_beyond_its_range_and_comes_back(page):
+    low, high, _ = SamplingParams.knobs()["temperature"].range
+    beyond, within = (painted(page, id)[("knob-temperature",)] for id in ("warm", ""))
+    assert (beyond["value"], beyond["minimum"], beyond["maximum"]) == (9.5, low, 9.5)
+    assert (within["minimum"], within["maximum"]) == (low, high)
 
 
 def test_neutralise_switches_samplers_off_and_leaves_the_rest_alone(page):
@@ -101,28 +149,28 @@ def test_neutralise_switches_samplers_off_and_leaves_the_rest_alone(page):
 
 
 def test_restore_brings_back_what_is_configured(make_app):
-    page = build_page(make_app("--temperature", "0.3"), lambda request: {})
+    page = build_page(make_app("--temperature", "0.3"), nothing)
     buttons = {block.value: block for block in page.blocks.values() if isinstance(block, gr.Button)}
     (event,) = [e for e in page.fns.values() if e.targets[0][0] == buttons["Restore defaults"]._id]
     values = json.loads(re.search(r"setMany\((\{.*\})\); return", event.js)[1])
     assert values["temperature"] == 0.3
-    assert set(values) == {*SamplingParams.model_fields, *ChatOptions.model_fields}
+    assert set(values) == {*SamplingParams.model_fields}
 
 
 def test_in_multi_user_mode_the_model_tab_is_not_built(make_app):
-    page = build_page(make_app("--multi-user"), lambda request: {})
+    page = build_page(make_app("--multi-user"), nothing)
     assert tabs(page) == ["Chat", "Parameters"]
     assert "loadModel" not in json.dumps(page.get_config_file(), default=str)
 
 
 def test_the_chosen_theme_is_in_the_page(make_app):
-    page = build_page(make_app("--dark-theme", "on"), lambda request: {})
+    page = build_page(make_app("--dark-theme", "on"), nothing)
     assert any('data-theme="on"' in str(getattr(block, "value", "")) for block in page.blocks.values())
 
 
 def test_the_model_tab_says_where_models_go(make_app):
     built = make_app()
-    page = build_page(built, lambda request: {})
+    page = build_page(built, nothing)
     assert any(str(built.data.models) in str(getattr(block, "info", "")) for block in page.blocks.values())
 
 

@@ -363,8 +363,13 @@ def _without_advice(error: EngineDied) -> str:
 
 def _added(former: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Totals of all lives so far; of "finished" each reason for itself."""
-    both = {name: (former.get(name), now.get(name)) for name in {**former, **now}}
-    return {name: _added(a or {}, b or {}) if isinstance(a or b, Mapping) else (a or 0) + (b or 0) for name, (a, b) in both.items()}
+    return {name: _sum(former.get(name), now.get(name)) for name in {**former, **now}}
+
+
+def _sum(one: Any, other: Any) -> Any:
+    if isinstance(one, Mapping) or isinstance(other, Mapping):  # the other may be missing, or empty
+        return _added(one or {}, other or {})
+    return (one or 0) + (other or 0)
 
 
 def _check_size(raw: bytes) -> None:

@@ -12,7 +12,7 @@ import { showPanel, startNew } from './main.js';
 
 Object.assign(ICONS, {
   bars: 'M5 7h14M5 12h14M5 17h14', clock: 'M12 4a8 8 0 1 0 0 16 8 8 0 0 0 0-16M12 8v4l3 2', user: 'M12 4a4 4 0 1 0 0 8 4 4 0 0 0 0-8M5 20c1-4 4-5 7-5s6 1 7 5',
-  tree: 'M7 4v7a3 3 0 0 0 3 3h7M7 4v16M14 11l3 3-3 3', panel: 'M4 5h16v14H4zM14.5 5v14',
+  tree: 'M7 8.5v7M7 15.5a2.2 2.2 0 1 0 0 4.4 2.2 2.2 0 0 0 0-4.4M7 4a2.2 2.2 0 1 0 0 4.4A2.2 2.2 0 0 0 7 4M17 4a2.2 2.2 0 1 0 0 4.4A2.2 2.2 0 0 0 17 4M17 8.5c0 5-10 2.5-10 7', panel: 'M4 5h16v14H4zM14.5 5v14',
   doc: 'M6 4h9l4 4v12H6zM9 11h7M9 15h7', several: 'M4 8h11v11H4zM9 8V5h11v11h-5', help: 'M9 9a3 3 0 1 1 4 3c-1 .5-1 1-1 2M12 18v.5', begin: 'M5 5v14M9 12h10M9 7h6M9 17h6',
   swap: 'M4 8h14M14 4l4 4-4 4M20 16H6M10 12l-4 4 4 4',
 });
@@ -94,9 +94,9 @@ export function press(e) {
 function pressed(e, keys) {
   const wanted = keys.split('+');
   const key = wanted.pop() || '+';
-  const symbol = /^[^\p{L}\p{N}]$/u.test(key);  // on some keyboards it needs Shift
+  const symbol = key === '/';  // on some keyboards it needs Shift; on a Russian one a full stop is in its place
   const latin = /^[\x20-\x7e]$/.test(e.key) || e.key.length > 1;  // else another alphabet: then the place of the key counts
-  const same = latin ? e.key.toLowerCase() === key.toLowerCase() : e.code === (symbol ? 'Slash' : `Key${key}`);
+  const same = latin ? e.key.toLowerCase() === key.toLowerCase() || (symbol && e.key === '.' && e.code === 'Slash') : e.code === `Key${key}`;
   return same && (e.ctrlKey || e.metaKey) === wanted.includes('Ctrl') && e.altKey === wanted.includes('Alt') && (symbol || e.shiftKey === wanted.includes('Shift'));
 }
 
@@ -105,7 +105,7 @@ function focused(where) {
   if (where === 'anywhere') return true;
   if (where === 'box' || focus === composer.box) return focus === composer.box;
   // An edit form, a search field or the row of tabs has keys of its own.
-  return !(/^(INPUT|TEXTAREA|SELECT)$/.test(focus?.tagName) || focus?.isContentEditable || focus?.closest('[role=tablist], [role=menu], [role=tree], .tgw-side'));
+  return !(/^(INPUT|TEXTAREA|SELECT)$/.test(focus?.tagName) || focus?.isContentEditable || focus?.closest('[role=tablist], [role=menu], [role=tree], .tgw-side, #tgw-panel'));
 }
 
 // --- what some of them do ----------------------------------------------------------------------------------------------------------------

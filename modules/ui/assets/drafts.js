@@ -35,8 +35,8 @@ export const drafts = {
 
   /** The server holds `text`. Answers the draft: what was typed here and not told yet comes first. */
   take(key, text) {
-    if (!this.telling) this.told.set(key, text);
     const draft = this.dirty(key) ? this.texts.get(key) : waiting.read(key) || text;
+    if (!this.telling) this.told.set(key, text);
     this.keep(key, draft);
     return draft;
   },
@@ -59,13 +59,10 @@ export const drafts = {
     this.telling = true;
     let away = false;
     for (const [conversation, text] of this.due) {
-      try {
-        await api('PUT', 'chat/draft', { conversation, text });
-      } catch (error) {
-        if (error.code === 'Offline') { away = true; break; }
-      }
+      const error = await api('PUT', 'chat/draft', { conversation, text }).then(() => null, (problem) => problem);
+      if (error && (error.status >= 500 || !error.status)) { away = true; break; }
       this.told.set(conversation, text);  // also if it was refused: then asking again is of no use
-      if (this.texts.get(conversation) === text) waiting.write(conversation, '');
+      if (!error && this.texts.get(conversation) === text) waiting.write(conversation, '');
     }
     this.telling = false;
     if (away) this.again(); else if (this.due.length) this.soon();

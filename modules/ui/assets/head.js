@@ -12,12 +12,13 @@ const short = (name) => (name || '').split('/').at(-1).replace(/\.gguf$/i, '');
 export const head = {
   build() {
     this.name = el('span', { dir: 'auto' });
-    this.title = el('button.tgw-head-title', { type: 'button', onclick: () => this.rename() }, this.name);
+    this.title = el('button.tgw-head-title', { type: 'button', title: t('Rename (click)'), onclick: () => this.rename() }, this.name);
+    this.none = el('span.tgw-head-title', { textContent: t('New chat') });
     this.secret = el('span.tgw-head-secret', { hidden: true, title: t('Nothing of this chat is saved: it is gone when the server ends.') }, icon('mask'), el('span', { textContent: t('Incognito') }));
-    this.model = el('button.tgw-head-model', { type: 'button', onclick: () => this.choose() }, el('i'), el('span'), icon('down'), el('progress', { max: 1, hidden: true, 'aria-label': t('Loading') }));
+    this.model = el('button.tgw-head-model', { type: 'button', onclick: () => this.choose() }, el('i'), el('span'), icon('caret'), el('progress', { max: 1, hidden: true, 'aria-label': t('Loading') }));
     this.branches = button('tree', t('All branches of this chat'), () => this.tree());
     this.el = el('div.tgw-head', {},
-      button('side', t('Show conversations'), () => sidebar.toggle(true), 'button.tgw-icon.tgw-head-list'), this.title, this.secret, this.model, this.branches,
+      button('side', t('Show conversations'), () => sidebar.toggle(true), 'button.tgw-icon.tgw-head-list'), this.none, this.title, this.secret, this.model, this.branches,
       button('plus', t('New chat'), () => startNew(), 'button.tgw-icon.tgw-head-new'), button('panel', t('Settings of this chat (Ctrl+S)'), () => showPanel()));
     this.retitle('');
     this.paint();
@@ -27,30 +28,33 @@ export const head = {
   /** Show the title of the conversation, here and as the page's. */
   retitle(title) {
     alerts.title(title);
-    this.name.textContent = title || t('New chat');
-    this.title.disabled = !chat.id;
-    this.title.title = chat.id ? t('Rename (click)') : '';
+    this.field?.onblur();
+    this.name.textContent = title || '';
+    this.title.hidden = !chat.id;
+    this.none.hidden = Boolean(chat.id);
     this.secret.hidden = !chat.incognito;
     this.branches.hidden = !chat.id;
   },
 
   /** Give the conversation another title: `title`, or what is then typed. */
   rename(title) {
-    if (!chat.id || this.title.hidden) return;
+    if (!chat.id || this.field) return;
     if (title) { this.save(title); return; }
-    const field = el('input.tgw-head-field', { value: this.name.textContent, 'aria-label': t('Title'), dir: 'auto' });
-    const id = chat.id;
-    const done = (save) => {
-      if (!field.isConnected) return;
-      const typed = field.value.trim();
+    const [id, former] = [chat.id, this.name.textContent];
+    const field = this.field = el('input.tgw-head-field', { value: former, 'aria-label': t('Title'), dir: 'auto' });
+    const done = (save, back) => {
+      if (this.field !== field) return;  // taking it away is a blur too
+      this.field = null;
       this.title.hidden = false;
       field.remove();
-      if (save && typed && typed !== this.name.textContent) this.save(typed, id);
+      if (back) this.title.focus();
+      const typed = field.value.trim();
+      if (save && typed && typed !== former) this.save(typed, id);
     };
     field.onkeydown = (e) => {
       e.stopPropagation();
-      if (e.key === 'Enter' && !e.isComposing) { e.preventDefault(); done(true); this.title.focus(); }
-      if (e.key === 'Escape') { done(false); this.title.focus(); }
+      if (e.key === 'Enter' && !e.isComposing) { e.preventDefault(); done(true, true); }
+      if (e.key === 'Escape') done(false, true);
     };
     field.onblur = () => done(true);
     this.title.hidden = true;

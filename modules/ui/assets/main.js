@@ -12,6 +12,7 @@ import { alerts } from './alerts.js';
 import { press } from './commands.js';
 import { model } from './model.js';
 import { library } from './library.js';
+import { panel } from './panel.js';
 import { link } from './link.js';
 import { theme } from './theme.js';
 
@@ -58,7 +59,6 @@ export function startNew({ incognito = false } = {}) {
 
 /** Show or hide the settings beside the conversation; with the name of one of them, go to it. */
 export async function showPanel(option) {
-  const { panel } = await import('./panel.js');
   panel.toggle(option ? true : undefined);
   if (!option) return;
   await new Promise((shown) => requestAnimationFrame(shown));

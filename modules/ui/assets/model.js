@@ -1,7 +1,9 @@
 // The model: its card, its name in the header.
-import { number, el, api, bytes, write, slug } from './core.js';
+import { number, el, api, bytes, write, slug, t } from './core.js';
 import { chat } from './chat.js';
+import { head } from './head.js';
 import { live } from './composer.js';
+import { session } from './session.js';
 
 const sheet = new CSSStyleSheet();  // rules instead of classes, because Gradio draws a tab when it is first opened
 document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
@@ -44,11 +46,12 @@ export const model = {
     this.status = status;
     const name = status.name?.split('/').at(-1).replace(/\.gguf$/i, '') || '';
     const percent = `${Math.round((status.progress || 0) * 100)} %`;
-    const words = { none: 'No model', loading: `Loading ${name} ${percent}`, ready: name, failed: 'Model failed to load' }[status.state];
+    const words = { none: t('No model'), loading: t('Loading {name} {percent}', { name, percent }), ready: name, failed: t('Model failed to load') }[status.state];
     this.chip.dataset.state = status.state;
     this.chip.lastChild.textContent = words;
     this.chip.title = status.text || words;
     this.tell(status, percent);
+    head.paint();
     this.paint();
     this.rules();
     this.watch();
@@ -56,22 +59,22 @@ export const model = {
 
   /** Under the composer and in the empty conversation: what is missing before one can talk. */
   tell(status, percent) {
-    const choose = openTab.exists('model') ? el('button', { type: 'button', textContent: 'Choose one on the Model tab', onclick: () => openTab('model') }) : null;
-    const text = { none: 'No model is loaded. ', failed: 'The model could not be loaded. ', loading: `Loading the model… ${percent}` }[status.state];
-    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), text, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
-    const hint = status.state === 'ready' ? 'Your messages stay on this machine. Enter sends, Shift+Enter begins a new line.' : text;
+    const choose = openTab.exists('model') ? el('button', { type: 'button', textContent: t('Choose one on the Model tab'), onclick: () => openTab('model') }) : null;
+    const text = { none: t('No model is loaded.'), failed: t('The model could not be loaded.'), loading: t('Loading the model… {percent}', { percent }) }[status.state];
+    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), `${text} `, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
+    const hint = status.state === 'ready' ? t('Your messages stay on this machine. Enter sends, Shift+Enter begins a new line.') : text;
     chat.welcome.querySelector('p').textContent = hint || '';
   },
 
   paint() {
     if (!this.host) return;
     const s = this.status;
-    const heading = { none: 'No model is loaded', loading: 'Loading', ready: 'Ready', failed: 'Could not load the model' }[s.state];
+    const heading = { none: t('No model is loaded'), loading: t('Loading'), ready: t('Ready'), failed: t('Could not load the model') }[s.state];
     const told = el('div', { 'aria-live': 'polite' }, el('header', {}, el('i'), el('strong', { textContent: heading }), el('span', { textContent: s.name || '' })));
-    if (s.state === 'loading') told.append(el('progress', { max: 1, value: s.progress, 'aria-label': 'Loading' }));
+    if (s.state === 'loading') told.append(el('progress', { max: 1, value: s.progress, 'aria-label': t('Loading') }));
     if (s.text) told.append(el(s.state === 'failed' ? 'pre' : 'p', { textContent: s.text }));
     this.facts = el('dl');
-    this.cache = el('div.tgw-cache', {}, el('span', { textContent: 'Cache in use' }), el('span'), el('meter', { 'aria-label': 'Cache in use' }));
+    this.cache = el('div.tgw-cache', {}, el('span', { textContent: t('Cache in use') }), el('span'), el('meter', { 'aria-label': t('Cache in use') }));
     this.figures();
     this.host.replaceChildren(el('section.tgw-card', { 'data-state': s.state }, told, this.facts, this.cache));
   },
@@ -80,10 +83,10 @@ export const model = {
   figures() {
     const s = this.status, e = this.engine;
     const facts = [
-      s.loader && ['Loader', s.loader], s.context_length && ['Context', `${number.format(s.context_length)} tokens`],
-      s.memory && ['Memory', bytes(s.memory)],
-      e && ['Replies under way', `${e.busy} of ${e.parallel}`], e && ['Waiting', number.format(e.waiting)],
-      e && ['Chats kept', number.format(e.kept) + (e.spilled ? ` + ${number.format(e.spilled)} in main memory (${bytes(e.spilled_bytes)})` : '')],
+      s.loader && [t('Loader'), s.loader], s.context_length && [t('Context'), t('{count} tokens', { count: number.format(s.context_length) })],
+      s.memory && [t('Memory'), bytes(s.memory)],
+      e && [t('Replies under way'), t('{busy} of {all}', { busy: e.busy, all: e.parallel })], e && [t('Waiting'), number.format(e.waiting)],
+      e && [t('Chats kept'), kept(e)],
     ].filter(Boolean);
     const shown = [...this.facts.querySelectorAll('dt')].map((name) => name.textContent);
     if (facts.map(([name]) => name).join() !== shown.join()) {
@@ -94,12 +97,12 @@ export const model = {
     this.cache.hidden = !e?.cells;
     if (!e?.cells) return;
     const [, words, bar] = this.cache.children;
-    write(words, `${number.format(e.cells_used)} of ${number.format(e.cells)} tokens`);
+    write(words, t('{used} of {all} tokens', { used: number.format(e.cells_used), all: number.format(e.cells) }));
     bar.max = e.cells;
     bar.value = e.cells_used;
   },
 
-  /** Which controls are visible: parameters that the loader honours (if asked), and the options of the chosen loader. */
+  /** Which controls are visible: parameters that the loader honours (if asked), the options of the chosen loader, what the chat's mode uses. */
   rules() {
     const names = this.filtered && this.status.samplers || [];
     const honoured = names.map((name) => `:not(.knob-${CSS.escape(name)})`).join('');
@@ -107,9 +110,25 @@ export const model = {
     if (this.loader) css.push(`.tgw-loader:not(.loader-${CSS.escape(slug(this.loader))}) { display: none !important }`);
     css.push(this.status.state === 'loading' ? '.tgw-when-idle { display: none !important }' : '.tgw-when-loading { display: none !important }');
     if (this.status.state !== 'ready') css.push('.tgw-when-ready { opacity: .5; pointer-events: none }');
+    css.push(...unused(session.values.mode, this.status.thinking).map((selector) => `${selector} { display: none !important }`));
     sheet.replaceSync(css.filter(Boolean).join('\n'));
   },
 };
+
+/** Selectors of the controls that mean nothing in this mode of a chat, or to the template in use, which knows the options `thinking`. */
+function unused(mode, thinking = []) {
+  const asked = mode === 'chat' ? [] : thinking;
+  return [
+    ...(mode === 'instruct' ? ['.tgw-people'] : ['.knob-custom_system_message']),
+    ...(mode === 'chat-instruct' ? [] : ['.knob-chat_instruct_command']),
+    ...['enable_thinking', 'reasoning_effort', 'preserve_thinking'].filter((name) => !asked.includes(name)).map((name) => `.knob-${name}`),
+  ];
+}
+
+function kept(engine) {
+  const [count, spilled, size] = [number.format(engine.kept), number.format(engine.spilled), bytes(engine.spilled_bytes)];
+  return engine.spilled ? t('{count} + {spilled} in main memory ({size})', { count, spilled, size }) : count;
+}
 
 export function openTab(id) { document.querySelector(`[role=tab][data-tab-id="${id}"]`)?.click(); }
 openTab.exists = (id) => Boolean(document.querySelector(`[role=tab][data-tab-id="${id}"]`));

@@ -51,7 +51,9 @@ export const prompts = {
     const list = el('div.tgw-choices');
     const draw = () => {
       const words = field.value.trim().toLowerCase();
-      list.replaceChildren(...names.filter((each) => each.toLowerCase().includes(words)).map((each) => el('button', {
+      const begins = (each) => each.toLowerCase().startsWith(words);
+      const found = names.filter((each) => each.toLowerCase().includes(words));
+      list.replaceChildren(...found.sort((a, b) => begins(b) - begins(a)).map((each) => el('button', {
         type: 'button', dir: 'auto', onclick: () => { close(); this.use(each); },
       }, icon('doc'), el('span', { textContent: each }))));
     };

@@ -75,7 +75,7 @@ export const queue = {
     const sent = await composer.post(item.text);
     this.sending = false;
     this.held = !sent;  // until somebody asks again: what was said against it would be said again
-    if (!sent) this.write((all) => [item, ...all]);
+    if (sent) this.refresh(); else this.write((all) => [item, ...all]);  // its reply may have ended before its answer came
   },
 
   show() {

@@ -270,8 +270,9 @@ export const sidebar = {
   },
 
   markRow(row, current) {
-    row?.classList.toggle('current', current);
-    if (current) row.querySelector('a')?.setAttribute('aria-current', 'page'); else row?.querySelector('a')?.removeAttribute('aria-current');
+    if (!row) return;
+    row.classList.toggle('current', current);
+    if (current) row.querySelector('a')?.setAttribute('aria-current', 'page'); else row.querySelector('a')?.removeAttribute('aria-current');
   },
 
   /** The list is one stop of Tab; arrows go through it. This row is where Tab comes back to. */

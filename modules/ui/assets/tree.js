@@ -71,11 +71,9 @@ class Rows {
     const to = Math.min(this.rows.length, Math.ceil((this.el.scrollTop + this.el.clientHeight) / this.height) + SPARE);
     const wanted = new Set([this.at]);  // the active row is always there, for screen readers
     for (let at = from; at < to; at += 1) wanted.add(at);
-    for (const made of [...this.sheet.children]) {
-      const at = Number(made.dataset.at);
-      if (!wanted.delete(at)) made.remove(); else made.setAttribute('aria-selected', String(at === this.at));
-    }
-    this.sheet.append(...[...wanted].filter((at) => this.rows[at]).map((at) => this.make(at)));
+    const made = new Map([...this.sheet.children].map((row) => [Number(row.dataset.at), row]));
+    for (const [at, row] of made) row.setAttribute('aria-selected', String(at === this.at));
+    this.sheet.replaceChildren(...[...wanted].filter((at) => this.rows[at]).sort((a, b) => a - b).map((at) => made.get(at) || this.make(at)));
     this.el.setAttribute('aria-activedescendant', `tgw-branch-${this.at}`);
   }
 
