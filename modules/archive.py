@@ -13,10 +13,10 @@ from modules import transfer
 from modules.app import App
 from modules.auth import Identity
 from modules.conversation import Conversation, Message
-from modules.errors import DataError, PromptError
+from modules.errors import DataError, PromptError, UserError
 from modules.sessions import Session
 from modules.settings import PageOptions
-from modules.store import MessagePage
+from modules.store import FIRST_IN_MEMORY, MessagePage
 from modules.turns import source_of
 
 MAX_TOGETHER = 10_000
@@ -117,10 +117,19 @@ def delete(app: App, who: Identity, conversations: Sequence[str]) -> list[int]:
 
 def undo(app: App, who: Identity, numbers: Sequence[int]) -> list[str]:
     """Bring back what `delete` and `remove` took away; the conversations."""
-    found = [app.store.restore(who.owner, number) for number in numbers]
+    found: list[str] = []
+    problem: UserError | None = None
+    for number in numbers:
+        store = app.incognito if number >= FIRST_IN_MEMORY else app.store
+        try:
+            found.append(store.restore(who.owner, number))
+        except UserError as error:  # the others are brought back all the same
+            problem = error
     for id in dict.fromkeys(found):
         _changed(app, who, id)
         _listed(app, who, id)
+    if problem:
+        raise problem
     return found
 
 

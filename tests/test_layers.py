@@ -79,6 +79,7 @@ ORDER = [
     "modules.titles",
     "modules.chat",
     "modules.ui",
+    "modules.ui.i18n",
     "modules.ui.formulas",
     "modules.ui.markdown",
     "modules.ui.render",

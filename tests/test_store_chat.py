@@ -581,8 +581,8 @@ def test_threads_share_a_store_in_memory():
     store = Store.open_memory()
 
     def work(number: int) -> int:
-        conversation = say(store, f"hello {number}", f"word{number}")
-        assert found(store, f"word{number}") == {conversation.id}
+        conversation = say(store, f"hello {number}", f"word{number}x")
+        assert found(store, f"word{number}x") == {conversation.id}
         return len(store.messages(ANNA, conversation.id).items)
 
     with ThreadPoolExecutor(20) as pool:

@@ -262,11 +262,13 @@ class Store(Database):
     # Deleting, and taking that back
 
     def delete(self, owner: str, id: str) -> int:
-        """Move a conversation into the trash; the number to `restore` it with. In memory it is gone for good, and the number leads nowhere."""
+        """Move a conversation into the trash; the number to `restore` it with. In memory it is gone for good, and so is one without a message."""
         with self._writing() as db:
             trash.purge(db, time.time())
-            number = trash.put_conversation(db, owned(db, owner, id), time.time())
-            if self.in_memory:
+            head = owned(db, owner, id)
+            worthless = self.in_memory or not db.one("SELECT 1 FROM messages WHERE conversation = ? LIMIT 1", head["number"])
+            number = trash.put_conversation(db, head, time.time())
+            if worthless:
                 db.execute("DELETE FROM trash WHERE conversation = ?", (id,))
         return number
 

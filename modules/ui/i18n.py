@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -30,13 +29,17 @@ LANGUAGES = (ENGLISH, RUSSIAN)
 _TEXTS = ("label", "info", "placeholder")
 
 
-@dataclass(frozen=True)
 class Words:
-    """A text that says itself in the language of whose page is being written: Gradio turns it into a string when it answers, not before."""
+    """A text that says itself in the language of whose page is being written: Gradio turns it into a string when it answers, not before.
 
-    english: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """What stands for {name} in the text."""
+    No dataclass: Gradio's JSON writer would take that apart.
+    """
+
+    __slots__ = ("english", "values")
+
+    def __init__(self, english: str, values: Mapping[str, Any] | None = None) -> None:
+        """`values`: what stands for {name} in the text."""
+        self.english, self.values = english, values or {}
 
     def __str__(self) -> str:
         asker = _asker.get()

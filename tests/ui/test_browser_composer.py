@@ -420,6 +420,9 @@ def test_keys_from_anywhere(live_server, new_tab):
     tab.keyboard.press("Control+Shift+O")
     expect(tab.locator(".tgw-msg")).to_have_count(0)
     expect(box(tab)).to_be_focused()
+    for closed in (False, True):
+        tab.keyboard.press("Control+s")
+        expect(tab.locator("#tgw-panel")).to_be_visible(visible=not closed)
     tab.keyboard.press("Control+/")
     expect(tab.locator("dialog h2")).to_have_text("Keys and commands")
 
@@ -591,9 +594,10 @@ def test_a_message_is_queued_by_touch(live_server, phone):
     phone.locator(".tgw-send").tap()
     live_server.say(1)
     expect(said(phone).last).to_have_text("One")
-    box(phone).fill("And then?")
+    box(phone).fill("And then? " + "word " * 40)
     phone.get_by_label("Send after this reply").tap()
-    expect(queued(phone)).to_have_text(["Queued: And then?"])
+    expect(queued(phone)).to_contain_text("Queued: And then?")
+    expect(queued(phone).get_by_label("Remove this queued message")).to_be_in_viewport(ratio=1)
     live_server.say(100)
     expect(said(phone)).to_have_count(4)
 

@@ -150,7 +150,7 @@ def test_ten_thousand_conversations_are_listed_page_by_page(live_server, new_tab
     for loaded in (100, 150, 200):
         rows(tab).last.scroll_into_view_if_needed()
         tab.wait_for_function(f"document.querySelectorAll('.tgw-list li').length >= {loaded}")
-    assert title(tab).all_inner_texts()[:200] == names[:200]
+    assert title(tab).all_text_contents()[:200] == names[:200]
     assert headings(tab).count() == 1
     tab.locator(".tgw-search input").fill("09999")
     expect(title(tab)).to_have_text(["chat 09999"])

@@ -47,7 +47,7 @@ function facts({ model, model_hash: hash, seed, parameters, adapters, stats: s, 
     [t('Changed parameters'), changed(parameters)],
     [t('Reply'), s.tokens != null && [t('{count} tokens', { count: number.format(s.tokens) }), seconds(s.seconds, 1), speed].filter(Boolean).join(' · ')],
     [t('Thinking'), s.reasoning_tokens && t('{count} tokens', { count: number.format(s.reasoning_tokens) })],
-    [t('Prompt'), prompted != null && t('{count} tokens, {reused} of them reused', { count: number.format(prompted), reused: number.format(s.reused_tokens || 0) })],
+    [t('The prompt'), prompted != null && t('{count} tokens, {reused} of them reused', { count: number.format(prompted), reused: number.format(s.reused_tokens || 0) })],
     [t('First token after'), seconds(s.first_token_seconds)],
     [t('Waited'), s.queue_seconds >= 0.1 && seconds(s.queue_seconds, 1)],
     [t('Ended'), { stop: t('by itself'), length: t('at the longest allowed length'), cancelled: t('it was stopped') }[s.finish_reason]],
@@ -67,11 +67,11 @@ function changed(parameters) {
 }
 
 function prompt({ prompt: text, prompt_tokens: count }) {
-  const name = count != null ? t('Prompt: {count} tokens', { count: number.format(count) }) : t('Prompt');
+  const name = count != null ? t('Prompt: {count} tokens', { count: number.format(count) }) : t('The prompt');
   const made = el('details.tgw-prompt', {}, el('summary', { textContent: name }));
   made.ontoggle = () => {  // it can be long: made when it is wanted
     if (!made.open || made.childElementCount > 1) return;
-    made.append(button('copy', t('Copy the prompt'), (e) => copyFrom(e.currentTarget, text)), el('pre', { textContent: text, tabIndex: 0, dir: 'auto', 'aria-label': t('Prompt') }));
+    made.append(button('copy', t('Copy the prompt'), (e) => copyFrom(e.currentTarget, text)), el('pre', { textContent: text, tabIndex: 0, dir: 'auto', 'aria-label': t('The prompt') }));
   };
   return made;
 }
@@ -102,9 +102,9 @@ class Tokens {
     this.spans = made;
     made[0].tabIndex = 0;
     this.status = el('p.tgw-status', { role: 'status' });
-    this.rest();
     this.found = el('div.tgw-alternatives', { hidden: true });
-    this.el = el('section.tgw-tokenview', { 'aria-label': t('Tokens') }, legend(), this.status, this.line, this.found);
+    const help = t('A token shows with what probability it was chosen. Click it, or press Enter, for what might have stood there.');
+    this.el = el('section.tgw-tokenview', { 'aria-label': t('Tokens') }, el('p.tgw-told', { textContent: help }), legend(), this.line, this.status, this.found);
     this.listen();
   }
 
@@ -115,8 +115,6 @@ class Tokens {
     this.line.addEventListener('focusin', (e) => { if (place(e) >= 0) this.enter(place(e)); });
     this.line.addEventListener('keydown', (e) => this.key(e));
   }
-
-  rest() { this.status.textContent = t('A token shows with what probability it was chosen. Click it, or press Enter, for what might have stood there.'); }
 
   describe(at) {
     const [, text, logprob] = this.tokens[at];

@@ -92,7 +92,7 @@ export function tags(ids) {
   for (const id of ids) for (const name of sidebar.items.get(id)?.item.tags || []) had.set(name, (had.get(name) || 0) + 1);
   const list = el('ul.tgw-lines');
   const add = (name, count) => {
-    const box = el('input', { type: 'checkbox', checked: count > 0, indeterminate: count > 0 && count < ids.length, value: name });
+    const box = el('input', { type: 'checkbox', checked: count === ids.length, indeterminate: count > 0 && count < ids.length, value: name });
     const dot = el('i.tgw-dot');
     dot.style.setProperty('--tgw-hue', hue(name));
     list.append(el('li', {}, el('label', {}, box, dot, el('span', { textContent: name, dir: 'auto' }))));

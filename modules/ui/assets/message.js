@@ -162,7 +162,7 @@ export class Message {
       name && el('span.tgw-avatar', { 'aria-hidden': 'true', textContent: letter(name) }),
       name && el('span.tgw-name', { textContent: name, dir: 'auto' }),
       this.column && el('span.tgw-ordinal', { textContent: this.column }),
-      pinned && el('span.tgw-pinned', { title: t('Stays in the prompt when the context is full') }, icon('pin'), t('Pinned')),
+      pinned && el('span.tgw-pinned', { title: t('Stays in the prompt when the context is full') }, icon('pin'), t('pinned')),
     ].filter(Boolean);
     this.who.hidden = !made.length;
     this.who.replaceChildren(...made);

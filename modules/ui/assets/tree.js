@@ -54,6 +54,7 @@ class Rows {
     this.sheet = el('div', { role: 'none' });
     this.sheet.style.height = `${rows.length * this.height}px`;
     this.el = el('div.tgw-tree', { tabIndex: 0, role: 'tree', 'aria-label': t('Branches') }, this.sheet);
+    this.el.style.setProperty('--rows', this.sheet.style.height);
     this.el.addEventListener('scroll', () => this.draw(), { passive: true });
     this.el.onkeydown = (e) => this.key(e);
     this.el.onclick = (e) => { const row = e.target.closest('[role=treeitem]'); if (row) this.choose(rows[row.dataset.at]); };
