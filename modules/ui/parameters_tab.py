@@ -85,13 +85,13 @@ class _Keep:
 def _presets(app: App, keeps: bool) -> tuple[gr.Dropdown, _Keep | None]:
     hint = " Write a new name to save the values below under it." * keeps
     menu = _menu(app.presets.names(), "Preset", "Sets all samplers at once; what it does not name is off." + hint)
-    menu.select(None, menu, None, js="(name) => { window.tgw.preset(name); }", **QUIET)
+    menu.input(None, menu, None, js=_call("name", "preset(name)"), **QUIET)
     return menu, _Keep("presets", menu) if keeps else None
 
 
 def _grammar(app: App, text: Component) -> gr.Dropdown:
     menu = _menu(grammars(app).names(), "Grammar file", "Copies a .gbnf file of the grammars folder into the grammar.")
-    menu.select(None, menu, text, js=_call("name", "grammar(name)"), **QUIET)
+    menu.input(None, menu, text, js=_call("name", "grammar(name)"), **QUIET)
     return menu
 
 
@@ -103,7 +103,7 @@ def _template(app: App, keeps: bool) -> tuple[gr.Dropdown, gr.Textbox, gr.Textbo
     with gr.Row(elem_classes="tgw-inset"):
         text = gr.Textbox(label="Text", info="Jinja2", lines=16, max_lines=24, interactive=keeps, elem_classes="tgw-mono tgw-template-text")
         example = gr.Textbox(label="Example", info=_EXAMPLE, lines=16, max_lines=24, interactive=False, elem_classes="tgw-mono tgw-template-example")
-    menu.select(None, menu, [text, example], js=_call("name", "choose(name)"), **QUIET)
+    menu.input(None, menu, [text, example], js=_call("name", "choose(name)"), **QUIET)
     if keep:
         keep.saves([text], "{ text: given[0] ?? '' }")
         text.blur(None, text, example, js=_call("text", "tried(text)"), **QUIET)

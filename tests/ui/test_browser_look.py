@@ -120,7 +120,7 @@ def test_on_a_telephone_it_is_a_drawer(live_server, new_browser):
     tab.locator(".tgw-head").get_by_role("button", name="Settings of this chat").tap()
     expect(panel(tab)).to_be_visible()
     assert not tab.evaluate(OVERFLOW)
-    tab.locator(".knob-mode").get_by_text("chat-instruct").tap()
+    tab.locator(".knob-mode").get_by_text("chat-instruct", exact=True).tap()
     expect(tab.locator(".tgw-people")).to_be_visible()
     for each in panel(tab).get_by_role("button").all():
         assert not each.is_visible() or each.bounding_box()["height"] >= 40, each.text_content()
@@ -307,16 +307,14 @@ def bubble(tab):
 def test_a_style_is_applied_at_once_and_stays(wide):
     tab = wide()
     ask(tab, "Hello")
-    seen = {bubble(tab)}
+    seen = [bubble(tab)]
     for name in [name for name in STYLES if name != "modern"]:
         style(tab, name)
-        tab.wait_for_function("(seen) => document.querySelectorAll('link[href*=\"/styles/\"]').length === 1", arg=None)
-        until(lambda: bubble(tab) not in seen)
-        seen.add(bubble(tab))
-    last = bubble(tab)
-    until(lambda: in_effect(tab)["chat_style"] == STYLES[-1] or in_effect(tab)["chat_style"] in STYLES)
+        until(lambda: tab.locator("link[href*='/styles/']").count() == 1 and bubble(tab) not in seen)
+        seen.append(bubble(tab))
+    until(lambda: in_effect(tab)["chat_style"] == name)
     tab.reload()
-    until(lambda: tab.locator(".tgw-msg.user").count() == 1 and bubble(tab) == last)
+    until(lambda: tab.locator(".tgw-msg.user").count() == 1 and bubble(tab) == seen[-1])
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -365,7 +363,10 @@ def test_a_style_loads_nothing_from_other_hosts(live_server, chromium):
     host = http.server.HTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=host.serve_forever, daemon=True).start()
     other = f"http://localhost:{host.server_port}"
-    css = f'@import "{other}/a.css"; @font-face {{ font-family: f; src: url({other}/b.woff2) }} .tgw {{ background: url({other}/c.png); font-family: f }}'
+    css = f"""
+        @import "{other}/a.css";
+        @font-face {{ font-family: f; src: url({other}/b.woff2) }}
+        .tgw {{ background: url({other}/c.png); font-family: f }}"""
     (live_server.app.data.css / "evil.css").write_text(css, "utf-8")
     context = chromium.new_context()
     complaints = []
@@ -373,9 +374,8 @@ def test_a_style_loads_nothing_from_other_hosts(live_server, chromium):
     tab = opened(context.new_page(), live_server)
     tab.evaluate("window.tgw.call('PATCH', 'chat/session', { chat_style: 'evil' })")
     tab.reload()
-    until(
-        lambda: all(any(f"{other}/{name}" in text for text in complaints) for name in ("a.css", "b.woff2", "c.png")) or not tab.wait_for_timeout(50)
-    )
+    for name in ("a.css", "b.woff2", "c.png"):
+        until(lambda name=name: tab.evaluate("true") and any(f"{other}/{name}" in text for text in complaints))
     context.close()
     host.shutdown()
     host.server_close()

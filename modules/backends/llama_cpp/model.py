@@ -349,7 +349,7 @@ class Model:
         return logits
 
     def logprob(self, output: int, token: int) -> float:
-        """That of one token alone, in single precision: 0.05 ms at 49,000 tokens, a quarter of what all of them cost."""
+        """That of one token alone, in single precision and without new arrays: 1 to 2 % of a decoding of the starter, at 49,000 tokens."""
         logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, output), (self.vocabulary.size,))
         largest = logits.max()
         np.subtract(logits, largest, out=self._scratch)

@@ -48,16 +48,27 @@ export const library = {
     return found ? menu(kind, found[kind], value) : update();
   },
 
+  /** Whether a menu's text is a name that is there: menus also take new ones, to save under. */
+  async knows(kind, name) {
+    const found = name && await attempt(() => api('GET', 'chat/library'));
+    return Boolean(found?.[kind].includes(name));
+  },
+
+  async preset(name) {
+    if (await this.knows('presets', name)) await window.tgw.preset(name);
+  },
+
   /** Use the text of a grammar file. */
   async grammar(name) {
-    const found = await attempt(() => api('GET', path('grammars', name ?? '')));
+    const found = await this.knows('grammars', name) && await attempt(() => api('GET', path('grammars', name)));
     if (!found) return update();
     session.set('grammar_string', found.text);
     return found.text;
   },
 
-  /** Use a template; its text and what it makes of an example. */
-  choose(name) {
+  /** Use a template, or with "" the model's own; its text and what it makes of an example. */
+  async choose(name) {
+    if (name && !await this.knows('templates', name)) return [update(), update()];
     session.set('instruction_template', name ?? '');
     return this.template(name ?? '');
   },
