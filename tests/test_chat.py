@@ -436,7 +436,8 @@ def test_continue_in_the_middle_goes_back_there(app):
 
 
 def test_what_was_stopped_while_thinking_goes_on_thinking(app, backend):
-    backend.chat_template = "{% for m in messages %}[{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}]{% endfor %}"
+    thinking = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    backend.chat_template = "{% for m in messages %}[{{ m.role }}: " + thinking + "{{ m.content }}]{% endfor %}"
     backend.script = ["<think>I wonder"]
     conversation = say(app, "Hi")
     assert conversation.path()[-1].reasoning == "I wonder"

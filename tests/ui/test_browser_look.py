@@ -34,6 +34,7 @@ def opened(tab, live_server, path=""):
     tab.locator(".tgw-composer textarea").wait_for()
     tab.wait_for_function("document.querySelector('.tgw-chip').dataset.state === 'ready'")
     tab.wait_for_function("document.querySelector('.tgw').dataset.chatStyle")  # the values are there
+    tab.wait_for_load_state("networkidle")  # and the controls show them
     return tab
 
 
@@ -64,7 +65,7 @@ def in_effect(tab):
 
 def ask(tab, text):
     tab.locator(".tgw-composer textarea").fill(text)
-    tab.keyboard.press("Enter")
+    tab.get_by_role("button", name="Send", exact=True).click()
     expect(tab.locator(".tgw-msg.user").last).to_contain_text(text)
     expect(tab.locator(".tgw-send")).to_have_attribute("aria-label", "Send")
 
@@ -392,7 +393,7 @@ def test_a_russian_browser_gets_a_russian_page(live_server, new_browser):
     expect(tab.locator(".tgw-welcome h2")).to_have_text("О чём поговорим?")
     expect(panel(tab)).to_have_attribute("aria-label", "Настройки этого чата")
     expect(panel(tab).get_by_text("Кто этот персонаж", exact=False)).to_be_hidden()
-    expect(knob(tab, "mode").get_by_text("помощник в роли")).to_be_visible()
+    expect(knob(tab, "mode").get_by_text("помощник в роли", exact=True)).to_be_visible()
     mode(tab, "chat")  # the value is what it was
     expect(panel(tab).get_by_text("Кто этот персонаж; {{char}} и {{user}} заменяются именами.")).to_be_visible()
     tab.get_by_role("tab", name="Параметры").click()

@@ -82,7 +82,7 @@ MENUS = {"preset", "instruction_template", "character"}
 """Parameters that are set by menus of files."""
 
 
-@pytest.mark.parametrize("name", SHOWN.keys() - MENUS)
+@pytest.mark.parametrize("name", sorted(SHOWN.keys() - MENUS))
 def test_every_parameter_has_exactly_one_control(page, name):
     (control,) = of_knob(page, name)
     if SHOWN[name].range:

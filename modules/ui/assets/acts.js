@@ -83,10 +83,11 @@ function arranged(item, { folder = item.folder, pinned = item.pinned, add_tags: 
 export async function removeChats(ids) {
   if (!ids.length || (ids.some((id) => id.startsWith('incognito-')) && !(await forGood()))) return;
   const open = ids.includes(chat.id) ? chat.id : null;
+  const title = sidebar.items.get(ids[0])?.item.title.slice(0, 60) ?? '';
   const answer = await attempt(() => api('POST', 'chat/delete', { conversations: ids }));
   if (!answer) { sidebar.load(); return; }  // some of them may be deleted
   ids.forEach((id) => sidebar.gone(id));
-  const text = ids.length === 1 ? t('Deleted.') : t('{count} conversations deleted.', { count: ids.length });
+  const text = ids.length === 1 ? t('Deleted: {title}', { title }) : t('{count} conversations deleted.', { count: ids.length });
   toast(text, 'done', answer.undo.length ? { label: t('Undo'), run: () => restore(answer.undo, open) } : null);
 }
 

@@ -66,11 +66,12 @@ export const library = {
     return found.text;
   },
 
-  /** Use a template, or with "" the model's own; its text and what it makes of an example. */
+  /** Use a template, or with "" the model's own; its text and what it makes of an example. A menu tells its name again when it is left. */
   async choose(name) {
-    if (name && !await this.knows('templates', name)) return [update(), update()];
-    session.set('instruction_template', name ?? '');
-    return this.template(name ?? '');
+    const wanted = name ?? '';
+    if (wanted === this.read.name || wanted && !await this.knows('templates', wanted)) return [update(), update()];
+    session.set('instruction_template', wanted);
+    return this.template(wanted);
   },
 
   async template(name) {

@@ -1,5 +1,5 @@
 // Dialogs that arrange conversations: into folders, with tags, all at once.
-import { ServerError, icon, el, api, button, dialog, menu, toast, t } from './core.js';
+import { TOUCH, ServerError, icon, el, api, button, dialog, menu, toast, t } from './core.js';
 import { arrange } from './acts.js';
 import { sidebar } from './sidebar.js';
 import { filters, hue, listPath } from './filters.js';
@@ -47,7 +47,9 @@ export function confirmed(title, text, label) {
 /** Choose a folder for conversations, or make one. */
 export function move(ids) {
   const now = folderOf(ids);
-  const field = el('input', { type: 'text', maxLength: 100, autofocus: true, autocomplete: 'off', placeholder: t('Find or name a folder'), 'aria-label': t('Folder') });
+  const field = el('input', {
+    type: 'text', maxLength: 100, autofocus: !TOUCH.matches, autocomplete: 'off', placeholder: t('Find or name a folder'), 'aria-label': t('Folder'),
+  });
   const list = el('ul.tgw-lines');
   const take = async (folder) => {
     if (!(await arrange(ids, { folder }, shown.run))) return;
@@ -98,7 +100,7 @@ export function tags(ids) {
     list.append(el('li', {}, el('label', {}, box, dot, el('span', { textContent: name, dir: 'auto' }))));
   };
   had.forEach((count, name) => add(name, count));
-  const field = el('input', { type: 'text', maxLength: 40, autofocus: true, autocomplete: 'off', placeholder: t('New tag'), 'aria-label': t('New tag') });
+  const field = el('input', { type: 'text', maxLength: 40, autofocus: !TOUCH.matches, autocomplete: 'off', placeholder: t('New tag'), 'aria-label': t('New tag') });
   const take = () => {
     const name = field.value.trim();
     const known = [...list.querySelectorAll('input')].find((box) => box.value === name);
