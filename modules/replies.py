@@ -413,10 +413,14 @@ class Replies:
         return found if found and found.owner == owner else None
 
     def now(self, message: Message) -> Message:
-        """`message` as it is now, which may be ahead of what was saved."""
+        """`message` as it is now, which may be ahead of what was saved; what others decide about it while it runs is in what was saved."""
         with self._lock:
             found = self._replies.get(message.id)
-        return found.message if found else message
+        if not found:
+            return message
+        now = found.message
+        decided = {name: message.details[name] for name in ("pinned", "chosen") if name in message.details}
+        return replace(now, details={**{k: v for k, v in now.details.items() if k not in ("pinned", "chosen")}, **decided})
 
     def running(self, conversation: str) -> tuple[Reply, ...]:
         """The replies being written in a conversation: none, one, or several side by side."""

@@ -48,7 +48,7 @@ def test_write_makes_stale_files_fresh_and_leaves_the_rest(tmp_path):
     docs.write(tmp_path)
     assert docs.stale(tmp_path) == []
     text = page.read_text("utf-8")
-    assert text.startswith("before\n<!-- table: ChatOptions -->\n| Name |") and text.endswith("|\n<!-- end -->\nafter <!-- end -->\n")
+    assert text.startswith("before\n<!-- table: ChatOptions -->\n| Name |") and text.endswith("\n<!-- end -->\nafter <!-- end -->\n")
     assert "stale" not in text and "`start_with`" in text
 
 

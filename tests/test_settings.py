@@ -149,8 +149,8 @@ def test_a_malformed_flags_file_names_itself_and_the_fix(text, message):
 
 
 def test_an_unknown_key_is_warned_about_and_kept():
-    found = load((), (), [Text("settings.yaml", "temprature: 1\nmode: instruct\ntop_k: 3")], GROUPS)
-    assert found.unknown == (("temprature", 1), ("mode", "instruct"))
+    found = load((), (), [Text("settings.yaml", "temprature: 1\nspellcheck: true\ntop_k: 3")], GROUPS)
+    assert found.unknown == (("temprature", 1), ("spellcheck", True))
     assert (
         found.warnings[0] == "settings.yaml: 'temprature' is not a setting of this version; it is kept but has no effect. Did you mean 'temperature'?"
     )

@@ -8,7 +8,10 @@ from typing import Any
 from modules import archive
 from modules.app import App
 from modules.auth import Identity
+from modules.conversation import Message
 from modules.errors import NotFound
+from modules.prompting import substituted
+from modules.sessions import Session
 from modules.turns import prompting_of, source_of
 from modules.ui.views import message_view, status_view
 
@@ -39,6 +42,14 @@ def branch_view(app: App, who: Identity, id: str, before: str | None = None) -> 
         "tags": list(info.tags),
         "incognito": store is app.incognito,
     }
+
+
+def greeting_view(session: Session) -> Json | None:
+    """The message that a new chat with these values begins with, if any."""
+    chat = session.chat
+    if chat.mode == "instruct" or not chat.greeting.strip():
+        return None
+    return message_view(Message("", None, "assistant", substituted(chat.greeting, chat), details={"greeting": True, "name": chat.name2}))
 
 
 def message_views(app: App, who: Identity, id: str, ids: Sequence[str]) -> list[Json]:

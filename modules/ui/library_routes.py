@@ -95,12 +95,21 @@ def _add_lists(router: APIRouter, app: App, who: Callable[..., Identity]) -> Non
             "grammars": grammars(app).names(),
             "styles": styles(app),
             "notification": app.data.notification.is_file(),
+            "adapters": _adapters(app),
         }
 
     @router.get("/chat/grammars/{name:path}", dependencies=[Depends(who)])
     def grammar(name: str) -> Json:
         file, text = grammars(app).text(name) or ("", "")
         return {"text": plain(text, "the text", file)}
+
+
+def _adapters(app: App) -> list[str]:
+    """LoRA adapters that the model in memory could use."""
+    backend = app.models.loaded_backend()
+    if not backend or "adapters" not in backend.features:
+        return []
+    return sorted(path.name for path in app.data.loras.glob("*.gguf"))
 
 
 def _add_people(router: APIRouter, app: App, who: Callable[..., Identity], keeper: Callable[..., Identity]) -> None:

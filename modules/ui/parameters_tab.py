@@ -101,8 +101,12 @@ def _template(app: App, keeps: bool) -> tuple[gr.Dropdown, gr.Textbox, gr.Textbo
     menu = _menu([("The model’s own", ""), *app.templates.names()], "Template", "Turns messages into the model's prompt." + hint)
     keep = _Keep("templates", menu) if keeps else None
     with gr.Row(elem_classes="tgw-inset"):
-        text = gr.Textbox(label="Text", info="Jinja2", lines=16, max_lines=24, interactive=keeps, elem_classes="tgw-mono tgw-template-text")
-        example = gr.Textbox(label="Example", info=_EXAMPLE, lines=16, max_lines=24, interactive=False, elem_classes="tgw-mono tgw-template-example")
+        with gr.Column(min_width=300):
+            text = gr.Textbox(label="Text", info="Jinja2", lines=16, max_lines=24, interactive=keeps, elem_classes="tgw-mono tgw-template-text")
+        with gr.Column(min_width=300):
+            example = gr.Textbox(
+                label="Example", info=_EXAMPLE, lines=16, max_lines=24, interactive=False, elem_classes="tgw-mono tgw-template-example"
+            )
     menu.input(None, menu, [text, example], js=_call("name", "choose(name)"), **QUIET)
     if keep:
         keep.saves([text], "{ text: given[0] ?? '' }")

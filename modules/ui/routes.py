@@ -17,7 +17,7 @@ from modules.guard import require_json, require_own_page
 from modules.paths import inside, write_atomically
 from modules.turns import source_of
 from modules.ui import ASSETS
-from modules.ui.branches import branch_view, message_views, status_now
+from modules.ui.branches import branch_view, greeting_view, message_views, status_now
 from modules.ui.events import serve_events
 from modules.ui.library_routes import add_library
 from modules.ui.views import engine_view, info_view
@@ -316,7 +316,7 @@ def _add_session(router: APIRouter, app: App, who: Callable[..., Identity], writ
 
     def told(identity: Identity, conversation: str | None) -> Json:
         found = source_of(app, identity, conversation).session
-        return {"revision": found.revision, "values": found.values()}
+        return {"revision": found.revision, "values": found.values(), "greeting": None if conversation else greeting_view(found)}
 
     @router.get("/chat/session")
     def session(identity: Reader, conversation: str = "") -> Json:

@@ -780,7 +780,8 @@ def test_values_changed_in_one_browser_are_used_by_the_other(two_browsers, live_
     other = second()
     with tab.expect_response("**/chat/session?conversation=*"):
         tab.evaluate("window.tgw.set('temperature', 0.33)")
-    until(lambda: other.evaluate("async () => (await import(document.querySelector('script[src*=\"/main.js\"]').src.replace('main.js', 'session.js'))).session.values.temperature") == 0.33)
+    module = "document.querySelector('script[src*=\"/main.js\"]').src.replace('main.js', 'session.js')"
+    until(lambda: other.evaluate(f"async () => (await import({module})).session.values.temperature") == 0.33)
     ask(other, "Second")
     assert live_server.backend.requests[-1].sampling.temperature == 0.33
     assert other.locator(".tgw-toast").count() == 0

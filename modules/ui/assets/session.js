@@ -1,5 +1,6 @@
 // The values in effect for the conversation shown, as the server holds them.
 import { later, api, toast, attempt, t } from './core.js';
+import { chat } from './chat.js';
 import { ahead } from './composer.js';
 import { theme } from './theme.js';
 
@@ -19,7 +20,9 @@ export const session = {
   async patch(changes, id) {
     try {
       const { revision } = await api('PATCH', this.path(id), changes);
-      if (id === this.id) this.take(revision, { ...this.values, ...changes });
+      if (id !== this.id) return;
+      this.take(revision, { ...this.values, ...changes });
+      if (!id && ['mode', 'greeting', 'name1', 'name2'].some((name) => name in changes)) this.read();  // a new chat greets otherwise now
     } catch (error) {
       this.repaint();
       throw error;
@@ -45,7 +48,9 @@ export const session = {
   /** Ask the server for the values in effect. */
   async read(id = this.id) {
     const found = await api('GET', this.path(id));
+    if (id !== this.id && this.id !== undefined && id !== chat.id) return found.values;  // another chat is shown by now
     this.adopt(id, found.revision, found.values);
+    if (!id) chat.greet(found.greeting);
     return found.values;
   },
   async save() {
