@@ -156,7 +156,7 @@ def test_an_unknown_key_is_warned_about_and_kept():
     )
     assert len(found.warnings) == 2
     kept = parse_yaml(Text("x", saved({"top_k": 4}, found.unknown)))
-    assert kept == {"top_k": 4, "temprature": 1, "mode": "instruct"}
+    assert kept == {"top_k": 4, "temprature": 1, "spellcheck": True}
 
 
 def test_keys_of_extensions_are_kept_silently():

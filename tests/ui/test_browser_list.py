@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from datetime import datetime, timedelta
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 
@@ -141,19 +142,41 @@ def test_a_new_message_moves_a_conversation_to_today(live_server, new_tab):
     expect(title(tab)).to_have_text(["old"])
 
 
-def test_ten_thousand_conversations_are_listed_page_by_page(live_server, new_tab):
-    tab = new_tab()
-    names = [f"chat {n:05}" for n in range(10_000)]
-    store(live_server, tab, *names, when=datetime(2024, 3, 5, 12))
-    tab.reload()
+@pytest.fixture
+def ten_thousand(new_browser, live_server):
+    """A tab whose list is told of 10,000 conversations, one an hour; `asked` are the cursors that it asked with."""
+    tab = new_browser().new_page()
+    newest = datetime(2024, 12, 31, 23).timestamp()
+    info = {"snippet": [], "running": False, "folder": "", "pinned": False, "tags": [], "incognito": False}
+    tab.asked = []
+
+    def answer(route):
+        first = int(parse_qs(urlparse(route.request.url).query).get("before", ["0"])[0])
+        tab.asked.append(first)
+        numbers = range(first, min(first + 50, 10_000))
+        items = [{"id": f"{n:032x}", "title": f"chat {n:05}", "updated": newest - 3600 * n, **info} for n in numbers]
+        route.fulfill(json={"items": items, "next": str(first + 50) if first < 9_950 else None})
+
+    tab.route(re.compile(r"/chat/conversations\?"), answer)
+    tab.goto(live_server.url)
     expect(rows(tab)).to_have_count(50)
-    for loaded in (100, 150, 200):
+    return tab
+
+
+def test_ten_thousand_conversations_come_page_by_page_under_their_months(ten_thousand):
+    tab = ten_thousand
+    assert tab.asked == [0]
+    expect(headings(tab)).to_have_text(["December 2024"])
+    for page in (1, 2, 3):
         rows(tab).last.scroll_into_view_if_needed()
-        tab.wait_for_function(f"document.querySelectorAll('.tgw-list li').length >= {loaded}")
-    assert title(tab).all_text_contents()[:200] == names[:200]
-    assert headings(tab).count() == 1
-    tab.locator(".tgw-search input").fill("09999")
-    expect(title(tab)).to_have_text(["chat 09999"])
+        tab.wait_for_function(f"document.querySelectorAll('.tgw-list li').length > {50 * page}")
+    of_list(tab, "Select…")
+    tab.get_by_role("button", name="All", exact=True).click()
+    expect(tab.locator(".tgw-chosen")).to_contain_text("10000 selected")
+    assert tab.asked == list(range(0, 10_000, 50))
+    assert title(tab).all_text_contents() == [f"chat {n:05}" for n in range(10_000)]
+    assert headings(tab).all_text_contents()[:3] == ["December 2024", "November 2024", "October 2024"]
+    assert headings(tab).count() == 14
 
 
 # --- folders, tags, pin -----------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ export const sidebar = {
   // --- rows ---------------------------------------------------------------------------------------------------------------------------
 
   add(item) {
-    this.items.get(item.id)?.remove();
+    if (this.items.has(item.id)) { this.changed(item); return; }  // it came as news before its page did
     const row = el('li', { draggable: true });
     row.item = { folder: '', tags: [], pinned: false, incognito: item.id.startsWith('incognito-'), ...item };
     this.items.set(item.id, row);
