@@ -13,7 +13,7 @@ from modules import transfer
 from modules.app import App
 from modules.auth import Identity
 from modules.conversation import Conversation, Message
-from modules.errors import DataError, PromptError, UserError
+from modules.errors import DataError, NotFound, PromptError, UserError
 from modules.sessions import Session
 from modules.settings import PageOptions
 from modules.store import FIRST_IN_MEMORY, MessagePage
@@ -108,7 +108,12 @@ def delete(app: App, who: Identity, conversations: Sequence[str]) -> list[int]:
             if reply.owner == who.owner:
                 reply.cancel.cancel()
         store = app.store_of(id)
-        number = store.delete(who.owner, id)
+        try:
+            number = store.delete(who.owner, id)
+        except NotFound:  # gone already; the others are deleted all the same
+            if len(conversations) == 1:
+                raise
+            continue
         if store is app.store:
             numbers.append(number)
         app.replies.tell(who.owner, "deleted", {"id": id})

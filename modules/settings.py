@@ -156,7 +156,7 @@ def load(argv: Sequence[str], flags_texts: Sequence[Text], yaml_texts: Sequence[
     stored: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for text in yaml_texts:
-        known, unknown = _split_known(_renamed(parse_yaml(text)), classes, text.source, warnings)
+        known, unknown = _split_known(parse_yaml(text), classes, text.source, warnings)
         _check(known, classes, text.source)
         stored.update(known)
     given: dict[str, Any] = {}
@@ -220,7 +220,7 @@ def parse_yaml(text: Text) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise SettingsError(f"{text.source}: expected lines of the form 'name: value'. Correct the file, or delete it to go back to the defaults.")
-    return found
+    return _renamed(found)
 
 
 class _Parser(argparse.ArgumentParser):

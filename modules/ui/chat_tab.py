@@ -38,6 +38,7 @@ def build(app: App, tab: gr.Tab) -> dict[str, Component]:
                         made |= _people(app, {knob.name: knob for knob in knobs})
                     else:
                         made |= controls([knob for knob in knobs if knob.name not in _ELSEWHERE], _HOOK, choices=choices)
+    _fresh(made["chat_style"], "styles")
     close.click(None, None, None, js="() => { window.tgw.panel(); }", **QUIET)
     return made
 
@@ -65,17 +66,23 @@ def _menu(app: App, kind: str, names: list[str]) -> gr.Dropdown:
             allow_custom_value=True,  # files come and go while the page is open; the server checks the name
             elem_classes=["tgw-wide", f"tgw-{kind}"],
         )
-    menu.focus(None, None, menu, js=_call(kind, "menu"), **QUIET)
-    menu.select(None, menu, None, js=_call(kind, "choose", "name"), **QUIET)
+    _fresh(menu, f"{kind}s")
+    menu.select(None, menu, None, js=_call(kind, "choose"), **QUIET)
     if not app.settings.multi_user:  # else nobody changes the files
         with gr.Row(elem_classes="tgw-toolbar tgw-inset"):
             save = gr.Button("Save as…", size="md", elem_classes=f"tgw-save-{kind}")
             delete = gr.Button("Delete…", size="md", elem_classes=f"tgw-delete-{kind}")
-        save.click(None, menu, menu, js=_call(kind, "save", "name"), **QUIET)
-        delete.click(None, menu, menu, js=_call(kind, "remove", "name"), **QUIET)
+        save.click(None, menu, menu, js=_call(kind, "save"), **QUIET)
+        delete.click(None, menu, menu, js=_call(kind, "remove"), **QUIET)
     return menu
 
 
-def _call(kind: str, function: str, argument: str = "") -> str:
-    """JavaScript that calls a function of the page's panel.js and shows what it answers."""
-    return f"({argument}) => window.tgwPanel.{function}({json.dumps(kind)}{', ' * bool(argument)}{argument})"
+def _fresh(menu: Component, folder: str) -> None:
+    """Let a menu offer the files that are there when it is opened."""
+    assert isinstance(menu, gr.Dropdown)
+    menu.focus(None, None, menu, js=f"() => window.tgwPanel.menu({json.dumps(folder)})", **QUIET)
+
+
+def _call(kind: str, function: str) -> str:
+    """JavaScript that calls a function of the page's panel.js with the name in the menu, and shows what it answers."""
+    return f"(name) => window.tgwPanel.{function}({json.dumps(kind)}, name)"

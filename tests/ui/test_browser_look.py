@@ -336,9 +336,11 @@ def test_a_style_of_ones_own_from_the_css_folder(live_server, wide):
     tab = wide()
     ask(tab, "Hello")
     (live_server.app.data.css / "mine.css").write_text(".tgw-msg.user .tgw-body { background: rgb(1, 2, 3) }", "utf-8")
-    tab.evaluate("window.tgw.call('PATCH', 'chat/session', { chat_style: 'mine' })")
-    tab.reload()
+    style(tab, "mine")  # it is in the menu already
     until(lambda: "rgb(1, 2, 3)" in bubble(tab))
+    until(lambda: in_effect(tab)["chat_style"] == "mine")
+    tab.reload()
+    until(lambda: tab.locator(".tgw-msg.user").count() == 1 and "rgb(1, 2, 3)" in bubble(tab))
     expect(knob(tab, "chat_style").locator("input")).to_have_value("mine")
     style(tab, "modern")
     until(lambda: "rgb(1, 2, 3)" not in bubble(tab))

@@ -54,7 +54,8 @@ def test_every_text_of_the_script_has_its_russian_and_there_are_no_others(told):
 
 
 def test_nothing_of_the_script_is_left_in_english():
-    assert [text for text, said in words("ru").items() if not CYRILLIC.search(said) and re.search("[A-Za-z]{4}", text)] == []
+    left = [text for text, said in words("ru").items() if not CYRILLIC.search(said) and re.search("[A-Za-z]{4}", text)]
+    assert set(left) <= {"Ctrl+K"}
 
 
 @pytest.mark.parametrize("name", ["ru", "ru_controls"])

@@ -98,8 +98,9 @@ def test_every_value_in_effect_is_shown(page):
 
 def test_characters_and_users_are_chosen_saved_and_deleted_as_files(page):
     for kind in ("character", "user"):
-        for what in ("menu", "choose", "save", "remove"):
-            assert event_of(page, f'window.tgwPanel.{what}("{kind}"')
+        assert event_of(page, f'window.tgwPanel.menu("{kind}s")')
+        for what in ("choose", "save", "remove"):
+            assert event_of(page, f'window.tgwPanel.{what}("{kind}", name)')
 
 
 def test_in_multi_user_mode_nothing_is_written_to_the_servers_folders(make_app):

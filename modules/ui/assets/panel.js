@@ -42,7 +42,7 @@ export const panel = {
 /** What Gradio's controls call, beside window.tgw. */
 window.tgwPanel = {
   within,
-  menu: (kind) => people.menu(kind),
+  menu: (folder) => people.menu(folder),
   choose: (kind, name) => people.choose(kind, name),
   save: (kind, name) => people.save(kind, name),
   remove: (kind, name) => people.remove(kind, name),
@@ -65,10 +65,9 @@ export const people = {
       : { folder: 'users', saveAs: t('Save the user'), ask: t('Delete the user?'), body: ({ name1, user_bio: bio }) => ({ name: name1, bio }) };
   },
 
-  /** With the files that are there now. */
-  async menu(kind, value) {
-    const found = await api('GET', 'chat/library').catch(() => null);
-    const names = found?.[this.kind(kind).folder];
+  /** With the files of a folder that are there now. */
+  async menu(folder, value) {
+    const names = (await api('GET', 'chat/library').catch(() => null))?.[folder];
     return update({ ...(names && { choices: names.map((name) => [name, name]) }), ...(value !== undefined && { value }) });
   },
 
@@ -90,7 +89,7 @@ export const people = {
     if (!file || !await attempt(() => api('PUT', `chat/${folder}/${encodeURIComponent(file)}`, values))) return update();
     if (kind === 'character') session.set('character', file);
     toast(t('Saved.'), 'done');
-    return this.menu(kind, file);
+    return this.menu(folder, file);
   },
 
   async remove(kind, name) {
@@ -99,7 +98,7 @@ export const people = {
     if (!await sure(ask, t('The file of “{name}” will be gone. Conversations keep what they have of it.', { name }))) return update();
     if (!await attempt(() => api('DELETE', `chat/${folder}/${encodeURIComponent(name)}`))) return update();
     if (kind === 'character') session.set('character', '');
-    return this.menu(kind, '');
+    return this.menu(folder, '');
   },
 };
 
