@@ -4,6 +4,7 @@ UserError                  anything whose message may be shown as it is, in the 
 ├── SettingsError          a flag, settings file or option value
 ├── NameError_             a name from outside that may not become a path
 ├── DataError              a stored file or database that cannot be read or written
+│   └── BadUpload          a file from outside that cannot be read (archive.py)
 ├── NotFound               a conversation, message, reply or model that is not there (or not yours)
 ├── Busy                   no place now; `retry_after` says when
 ├── InUse                  a port or a user_data folder held by another process

@@ -151,7 +151,7 @@ class ModelSlot:
         return self.data.cache / "last-model.txt"
 
     def _remember(self, choice: Choice) -> None:
-        with suppress(OSError):  # a convenience only
+        with suppress(UserError, ValueError):  # a convenience only; a name may hold what UTF-8 cannot
             write_atomically(self._last_file, choice.name)
 
     def listen(self, changed: Callable[[], None]) -> None:

@@ -248,7 +248,10 @@ def test_a_run_leaves_the_programs_folder_as_it_was(start, tmp_path):
     assert (folder / "settings.yaml").read_text() == "temperature: 0.5\n"
     assert {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [".lock", "cache", "conversations.sqlite3", "loras", "mmproj", "models", "sessions.json", "settings.yaml"]
+        sorted(
+            [".lock", "cache", "characters", "conversations.sqlite3", "css", "grammars", "instruction-templates", "loras", "mmproj", "models"]
+            + ["presets", "prompts", "sessions.json", "settings.yaml", "users"]
+        )
     )
 
 

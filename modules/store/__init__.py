@@ -262,13 +262,11 @@ class Store(Database):
     # Deleting, and taking that back
 
     def delete(self, owner: str, id: str) -> int:
-        """Move a conversation into the trash; the number to `restore` it with. In memory it is gone for good, and so is one without a message."""
+        """Move a conversation into the trash; the number to `restore` it with. In memory it is gone for good, and the number leads nowhere."""
         with self._writing() as db:
             trash.purge(db, time.time())
-            head = owned(db, owner, id)
-            worthless = self.in_memory or not db.one("SELECT 1 FROM messages WHERE conversation = ? LIMIT 1", head["number"])
-            number = trash.put_conversation(db, head, time.time())
-            if worthless:
+            number = trash.put_conversation(db, owned(db, owner, id), time.time())
+            if self.in_memory:
                 db.execute("DELETE FROM trash WHERE conversation = ?", (id,))
         return number
 

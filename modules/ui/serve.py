@@ -22,6 +22,7 @@ from modules.guard import ASGIApp, Guard, Hosts, Message, Receive, Scope, Send
 from modules.log import logger
 from modules.settings import Settings
 from modules.ui.branches import shown_values
+from modules.ui.i18n import Speaking
 from modules.ui.login import login_router
 from modules.ui.page import appearance, build_page
 from modules.ui.routes import build_router
@@ -43,6 +44,7 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
     def session_values(request: Any, conversation: str = "") -> dict[str, Any]:
         return shown_values(app, auth.need(request), conversation)
 
+    api.add_middleware(Speaking, values=session_values)
     page = build_page(app, session_values)
     gradio.mount_gradio_app(
         api,

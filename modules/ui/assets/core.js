@@ -27,6 +27,7 @@ export function t(text, values) {
 
 /** Read the texts of a language; before anything is built. A language without texts is English. */
 export async function speak(language) {
+  document.documentElement.lang = 'en';
   if (language === 'en') return;
   const answer = await fetch(new URL(`texts/${language}.json`, import.meta.url)).catch(() => null);
   words = answer?.ok ? await answer.json() : {};
@@ -125,7 +126,7 @@ export function toast(message, kind = 'error', action = null) {
 /** A modal dialog with a heading; Esc, the cross and a click beside it close it. Answers {el, body, close}; focus returns to where it was. */
 export function dialog(title, ...content) {
   const before = document.activeElement;
-  const body = el('div.tgw-dialog-body', {}, ...content);
+  const body = el('div.tgw-dialog-body', { tabIndex: 0 }, ...content);
   const close = () => shown.close();
   const heading = el('h2', { textContent: title });
   const shown = el('dialog.tgw-dialog', { 'aria-label': title }, el('header', {}, heading, button('no', t('Close'), close)), body);

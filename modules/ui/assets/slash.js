@@ -61,8 +61,10 @@ export const slash = {
     this.at = at;
     [...this.el.children].forEach((row, n) => row.setAttribute('aria-selected', String(n === at)));
     this.el.children[at]?.scrollIntoView({ block: 'nearest' });
-    if (this.open) { composer.box.setAttribute('aria-controls', this.el.id); composer.box.setAttribute('aria-activedescendant', `tgw-slash-${at}`); }
-    else { composer.box.removeAttribute('aria-controls'); composer.box.removeAttribute('aria-activedescendant'); }
+    const told = { role: 'combobox', 'aria-expanded': 'true', 'aria-controls': this.el.id, 'aria-activedescendant': `tgw-slash-${at}` };
+    for (const [name, value] of Object.entries(told)) {
+      if (this.open) composer.box.setAttribute(name, value); else composer.box.removeAttribute(name);
+    }
   },
 
   close() {
