@@ -247,12 +247,8 @@ def test_a_run_leaves_the_programs_folder_as_it_was(start, tmp_path):
     server.interrupt(signal.SIGTERM)
     assert (folder / "settings.yaml").read_text() == "temperature: 0.5\n"
     assert {path: path.stat().st_mtime_ns for path in clone.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        sorted(
-            [".lock", "cache", "characters", "conversations.sqlite3", "css", "grammars", "instruction-templates", "loras", "mmproj", "models"]
-            + ["presets", "prompts", "sessions.json", "settings.yaml", "users"]
-        )
-    )
+    folders = ["cache", "characters", "css", "grammars", "instruction-templates", "loras", "mmproj", "models", "presets", "prompts", "users"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", "conversations.sqlite3", "sessions.json", "settings.yaml", *folders])
 
 
 def test_without_logins_the_cookie_is_still_the_owner_after_a_restart(start, tmp_path):
