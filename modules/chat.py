@@ -103,9 +103,7 @@ def resume(app: App, who: Identity, conversation: str, message: str, position: i
     with _turn(app, who, conversation):
         source, current = _current(app, who, conversation)
         old = _assistant(current, message)
-        plan = revisit.resumed(app, source, current, old, position, token)
-        text, thought = old.text[: old.details.get("begins", 0)], old.reasoning[: old.details.get("began_thinking", 0)]
-        return _begin(app, source, replace(current, tip=old.parent), (), [plan], text, thought, begins=len(text), began_thinking=len(thought))
+        return _beside(app, source, current, old, revisit.resumed(app, source, current, old, position, token))
 
 
 def repeat(app: App, who: Identity, conversation: str, message: str) -> Turn:
@@ -113,9 +111,7 @@ def repeat(app: App, who: Identity, conversation: str, message: str) -> Turn:
     with _turn(app, who, conversation):
         source, current = _current(app, who, conversation)
         old = _assistant(current, message)
-        plan = revisit.repeated(app, source, current, old)
-        text, thought = old.text[: old.details.get("begins", 0)], old.reasoning[: old.details.get("began_thinking", 0)]
-        return _begin(app, source, replace(current, tip=old.parent), (), [plan], text, thought, begins=len(text), began_thinking=len(thought))
+        return _beside(app, source, current, old, revisit.repeated(app, source, current, old))
 
 
 def impersonate(app: App, who: Identity, conversation: str | None, text: str) -> Reply:
@@ -277,6 +273,13 @@ def _begin(
     placed = [replace(plan, source=replace(plan.source, store=source.store, conversation=stored.id)) for plan in plans]
     started = turns.start(app, source.who, stored, dict(zip([a.id for a in answers], placed, strict=True)), (*new, *answers))
     return Turn(stored, (*new, *answers), started)
+
+
+def _beside(app: App, source: Source, conversation: Conversation, old: Message, plan: Plan) -> Turn:
+    """Start another version of `old`, which begins with what `old` began with."""
+    text, thought = old.text[: old.details.get("begins", 0)], old.reasoning[: old.details.get("began_thinking", 0)]
+    above = replace(conversation, tip=old.parent)
+    return _begin(app, source, above, (), [plan], text, thought, begins=len(text), began_thinking=len(thought))
 
 
 def _added(app: App, source: Source, conversation: Conversation, new: tuple[Message, ...]) -> Turn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from modules.errors import DataError, NameError_, NotFound, TemplateError
-from modules.paths import inside, safe_name, write_atomically
+from modules.errors import TemplateError
+from modules.library import Shelf
 from modules.templates import FALLBACK, MAX_SOURCE, ChatTemplate, PromptMessage
 
 MAX_BYTES = 4 * MAX_SOURCE
@@ -393,81 +393,33 @@ class Templates:
 
     def names(self) -> list[str]:
         """All names, sorted without regard to case. Files are not read: a broken one is listed and fails when it is chosen."""
-        return sorted({*SHIPPED, *self.own()}, key=lambda name: (name.casefold(), name))
+        return self._shelf.names()
 
     def own(self) -> set[str]:
         """The names of the files in the folder."""
-        return set(_stems(self.folder))
+        return self._shelf.own()
 
     def get(self, name: str) -> str:
-        """The Jinja text of the template called `name`. Raises NotFound, NameError_, TemplateError for a file that is wrong, DataError."""
-        for path in self._files(name):
-            text = read_template(_read(path), path.name)
-            check(text, path.name)
-            return text
-        if name in SHIPPED:
+        """The Jinja text of the template called `name`. Raises NotFound, NameError_, TemplateError or SettingsError for a wrong file, DataError."""
+        found = self._shelf.text(name)
+        if found is None:
             return SHIPPED[name]
-        raise NotFound(f"There is no instruction template {name!r} in {self.folder}. Choose one from the list, or put the file there.")
+        file, text = found
+        source = read_template(text, file)
+        check(source, file)
+        return source
 
     def save(self, name: str, text: str) -> Path:
-        """Write the Jinja text as the user's template `name`, replacing it; the file's path. Raises NameError_, TemplateError, DataError."""
-        path = self._path(name, _JINJA[0])
-        source = read_template(text, path.name)
-        try:
-            raw = source.encode()
-        except UnicodeEncodeError:
-            raise TemplateError(f"{path.name} contains half a character (a lone surrogate). Remove it.") from None
-        check(source, path.name)
-        if path.is_dir():
-            raise DataError(f"{path} is a folder. Remove it, or choose another name.")
-        write_atomically(path, raw)
-        return path
+        """Write the Jinja text as the user's template `name`, replacing it; its path. Raises NameError_, TemplateError, SettingsError, DataError."""
+        file = self._shelf.path(name).name
+        source = read_template(text, file)
+        check(source, file)
+        return self._shelf.write(name, source)
 
     def delete(self, name: str) -> None:
         """Delete the user's files of that name; a shipped template of the name is there again. Raises NotFound, NameError_, DataError."""
-        files = list(self._files(name))
-        if not files:
-            why = "comes with the program and cannot be deleted" if name in SHIPPED else "does not exist"
-            raise NotFound(f"The instruction template {name!r} {why}. Choose one whose file is in {self.folder}.")
-        for path in files:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise DataError(f"Cannot delete {path}: {error.strerror or error}. Make the folder writable, then try again.") from error
+        self._shelf.delete(name)
 
-    def _path(self, name: str, suffix: str) -> Path:
-        safe_name(name, "template name")
-        return inside(self.folder, name + suffix, "template name")
-
-    def _files(self, name: str) -> Iterator[Path]:
-        """The files of that name, the one that counts first."""
-        return (path for path in [self._path(name, suffix) for suffix in _SUFFIXES] if path.is_file())
-
-
-def _stems(folder: Path) -> Iterable[str]:
-    try:
-        paths = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise DataError(f"Cannot read {folder}: {error.strerror or error}. Make the folder readable, then try again.") from error
-    for path in paths:
-        try:
-            yield safe_name(path.stem, "template name")
-        except NameError_:
-            continue  # cannot be asked for, and hidden and temporary files are among these
-
-
-def _read(path: Path) -> str:
-    """The file's text. Raises DataError, and TemplateError for a huge file or one that is not UTF-8."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}. Make the file readable, then try again.") from error
-    if len(raw) > MAX_BYTES:
-        raise _too_large(path.name)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise TemplateError(f"{path.name} is not UTF-8 text. Save it with that encoding, or delete it.") from None
+    @property
+    def _shelf(self) -> Shelf:
+        return Shelf(self.folder, "instruction template", _SUFFIXES, SHIPPED, MAX_BYTES)

@@ -111,12 +111,6 @@ class Sessions:
             self._known[key] = session
             return session
 
-    @property
-    def defaults(self) -> Session:
-        """What a browser never seen begins with."""
-        with self._lock:
-            return self._defaults
-
     def set_defaults(self, session: Session) -> None:
         """Let new browsers begin with the values of `session`."""
         with self._lock:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from modules import archive
 from modules.app import App
 from modules.auth import Identity
 from modules.conversation import Message
-from modules.errors import NotFound
+from modules.errors import NotFound, TemplateError
 from modules.prompting import substituted
 from modules.sessions import Session
-from modules.turns import prompting_of, source_of
+from modules.templates import ChatTemplate
+from modules.turns import source_of
 from modules.ui.views import message_view, status_view
 
 Json = dict[str, Any]
@@ -74,8 +76,13 @@ def shown_values(app: App, who: Identity, conversation: str) -> Json:
 def status_now(app: App) -> Json:
     """The model's state."""
     backend = app.models.loaded_backend()
-    return status_view(app.models.status(), sorted(_knows(app, backend)) if backend else ())
+    return status_view(app.models.status(), _knows(backend.chat_template or "") if backend else ())
 
 
-def _knows(app: App, backend: Any) -> frozenset[str]:
-    return prompting_of(app, backend, app.sessions.defaults).knows
+@lru_cache(maxsize=32)
+def _knows(template: str) -> tuple[str, ...]:
+    """Which thinking options a model's template asks for; none for a wrong one, which is told when it is used. Asked for at each event of a tab."""
+    try:
+        return tuple(sorted(ChatTemplate(template).thinking_variables))
+    except TemplateError:
+        return ()

@@ -349,6 +349,27 @@ def test_news_of_what_is_gone_meanwhile_are_left_out(live, me):
     assert [event["type"] for event in tab.news()] == []
 
 
+@pytest.mark.parametrize(
+    ("template", "known"),
+    [("{{ messages[", []), ("{{ ''.__class__ }}", []), ("{% if enable_thinking %}x{% endif %}{{ messages }}", ["enable_thinking"]), (None, [])],
+)
+def test_a_wrong_template_of_the_model_ends_no_tab(template, known, live, me):
+    """It is told when it is used; the model's state is told at each event."""
+    live.backend.chat_template = template
+    told = [event["status"]["thinking"] for event in events.Tab(live.app, live.auth.need(me)).news() if event["type"] == "model"]
+    assert told == [known]
+
+
+def test_a_template_is_looked_at_once_not_at_each_event(live, me, monkeypatch):
+    live.backend.chat_template = "{% if reasoning_effort %}once{% endif %}"
+    looked = []
+    monkeypatch.setattr("modules.templates.sandbox.variables", lambda source: looked.append(source) or frozenset())
+    tab = events.Tab(live.app, live.auth.need(me))
+    for _ in range(20):
+        list(tab.news())
+    assert len(looked) == 1
+
+
 def test_a_disk_that_is_full_at_the_end_is_told_and_the_reply_saved_later(live, me, monkeypatch):
     full = threading.Event()
     full.set()
