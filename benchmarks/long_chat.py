@@ -132,16 +132,13 @@ class Bench:
 PAINTED = """
 (word) => { window.tgwPainted = new Promise((done) => {
   const pane = document.querySelector('#tgw-chat');
-  const started = Date.now();
-  const before = pane.textContent.split(word).length;
-  const observer = new MutationObserver((changes) => {
-    for (const change of changes) {
-      if (!change.target.textContent.includes(word)) continue;
-      if (pane.textContent.split(word).length <= before) continue;
-      observer.disconnect();
-      requestAnimationFrame(() => { const c = new MessageChannel(); c.port1.onmessage = () => done(Date.now()); c.port2.postMessage(0); });
-      return;
-    }
+  const newest = () => [...pane.querySelectorAll('.tgw-msg')].at(-1);
+  const before = newest();
+  const observer = new MutationObserver(() => {
+    const now = newest();
+    if (now === before || !now?.textContent.includes(word)) return;
+    observer.disconnect();
+    requestAnimationFrame(() => { const c = new MessageChannel(); c.port1.onmessage = () => done(Date.now()); c.port2.postMessage(0); });
   });
   observer.observe(pane, { childList: true, subtree: true, characterData: true });
 }); }
@@ -186,14 +183,14 @@ def measure(bench: Bench, page: Any, owner: Identity, runs: int) -> None:
         token, last = rows[messages]
         print(f"{messages:5} messages: server CPU {token:.3f} ms a token, last token painted after {last:.1f} ms", flush=True)
     few, many = rows[HISTORIES[0]], rows[HISTORIES[-1]]
-    print(f"1,000 over 10 messages: CPU {many[0] / few[0]:.2f}, paint {many[1] / few[1]:.2f} ({many[1] - few[1]:+.1f} ms)")
+    print(f"1,000 over 10 messages: CPU {many[0] / few[0]:.2f}, paint {many[1] / few[1]:.2f} ({many[1] - few[1]:+.1f} ms)", flush=True)
     first = []
     bench.backend.tokens = 5
     for _ in range(20):
         painted = ask(bench, page, WORDS[0])
         first.append((painted - bench.backend.first) * 1000)
         ended(bench, conversation)
-    print(f"first token painted {statistics.median(first):.1f} ms after the engine produced it (median of 20, worst {max(first):.1f})")
+    print(f"first token painted {statistics.median(first):.1f} ms after the engine produced it (median of 20, worst {max(first):.1f})", flush=True)
 
 
 LONG, LONG_REPLY = 5000, 10_000

@@ -1,7 +1,10 @@
 """Fakes for tests: an engine that says what it is told to say, when it is let, and an App around it."""
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from modules import loaders
 from modules.app import App, build, option_groups
@@ -15,6 +18,12 @@ from modules.store import Store
 
 WAIT = 20.0
 """Seconds after which a test that waits has failed."""
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What `coroutine` returns. In a thread of its own: a worker that drives a browser has an event loop running in its main one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result(WAIT)
 
 
 class FakeBackend:

@@ -1,4 +1,3 @@
-import asyncio
 import json
 import platform
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from modules.auth import (
 )
 from modules.errors import AccessDenied
 from modules.guard import Guard, Hosts, page_policy, require_json
+from tests.fakes import run
 
 
 @dataclass
@@ -51,7 +51,7 @@ def call(guard, method="GET", path="/", host="localhost:7860", kind="http", root
         sent.append(message)
 
     guard.app.scope = None
-    asyncio.run(guard(scope, _receive, send))
+    run(guard(scope, _receive, send))
     start = sent[0] if sent else {}
     body = b"".join(m.get("body", b"") for m in sent if m["type"] == "http.response.body")
     return start.get("status", start.get("type")), dict(start.get("headers", [])), body, guard.app.scope

@@ -1,6 +1,5 @@
 """Two languages: every text of the script and of Gradio's controls has its Russian, and a page is written in the language of who asks."""
 
-import asyncio
 import copy
 import json
 import re
@@ -17,6 +16,7 @@ from modules.ui import ASSETS
 from modules.ui.controls import groups, label
 from modules.ui.i18n import Speaking, Words, language_of, russian, speaking, translate
 from modules.ui.page import build_page
+from tests.fakes import run
 from tests.ui.test_page import building, nothing
 
 MARKS = re.compile(r"\{(\w+)\}")
@@ -159,7 +159,7 @@ def asked(values, headers=()):
         said.append(str(Words("Temperature")))
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(name.encode(), value.encode()) for name, value in headers]}
-    asyncio.run(Speaking(app, values)(scope, None, None))
+    run(Speaking(app, values)(scope, None, None))
     return said[0]
 
 
@@ -178,4 +178,4 @@ def test_the_server_speaks_the_language_of_each_request():
     async def quiet(scope, receive, send):
         pass
 
-    asyncio.run(Speaking(quiet, broken)({"type": "http", "headers": []}, None, None))  # asked only when something is said
+    run(Speaking(quiet, broken)({"type": "http", "headers": []}, None, None))  # asked only when something is said
