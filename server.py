@@ -39,12 +39,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(configuration: Configuration, data: UserData) -> int:
-    """Build the App, begin to load the model, serve the page."""
+    """Build the App, begin to load the model, serve the page, the API or both."""
     settings = configuration.settings
     who = auth.Auth(logins(configuration), data.sessions, cookie_secure=bool(settings.ssl_certfile))
     built = app.build(configuration, data, launch.open_store(data, settings.multi_user), BlockPresenter)
     try:
         launch.load_first_model(built.models, settings)
+        if settings.nowebui:
+            from modules.api import server
+
+            server.serve_alone(built)
+            return 0
         from modules.ui import serve  # Gradio takes seconds to import: the engine loads the model meanwhile
 
         serve.serve(built, who)

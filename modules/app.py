@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modules import loaders
 from modules.ahead import Ahead
@@ -16,7 +16,7 @@ from modules.options import Options
 from modules.paths import UserData
 from modules.presets import Presets
 from modules.prompts import Prompts
-from modules.replies import Presenter, Replies
+from modules.replies import Presenter, Replies, Stops
 from modules.samplers import SamplingParams
 from modules.sessions import Sessions
 from modules.settings import ChatOptions, Configuration, PageOptions, Settings
@@ -46,6 +46,8 @@ class App:
     ahead: Ahead
     present: Callable[[], Presenter]
     """Makes the presenter of one reply."""
+    stops: Stops = field(default_factory=Stops)
+    """Those of the API's replies."""
 
     def store_of(self, conversation: str | None) -> Store:
         """Where a conversation is kept; its id tells."""

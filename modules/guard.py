@@ -161,7 +161,7 @@ class Guard:
         """Pass a request on, or refuse it with a short JSON error (a WebSocket before it is accepted)."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        headers = _headers(scope)
+        headers = headers_by_name(scope)
         try:
             check_host(headers, self.hosts)
             check_origin(scope, headers)
@@ -175,7 +175,7 @@ class Guard:
         await self.app(scope, receive, answer.send if scope["type"] == "http" else send)
 
     def _check_login(self, scope: Scope, headers: Mapping[str, list[str]]) -> None:
-        path = _route_path(scope)
+        path = route_path(scope)
         if not self.auth.login_required or path in self.PUBLIC or path.startswith(self._own_key):
             return
         if self.auth.identify(_cookies(headers)) is None:
@@ -186,7 +186,7 @@ class _Answer:
     """Puts the security headers on a response; HTML is held back until it is whole, since its policy names its inline scripts."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self._path, self._send = _route_path(scope), send
+        self._path, self._send = route_path(scope), send
         self._start: Message | None = None
         self._html = bytearray()
         self.extra: list[tuple[bytes, bytes]] = []
@@ -224,7 +224,7 @@ async def _refuse(scope: Scope, headers: Mapping[str, list[str]], error: UserErr
     body, status = json.dumps({"error": {"code": error.code, "message": str(error)}}).encode(), error.status
     if isinstance(error, NotLoggedIn) and _is_navigation(scope, headers):
         query = scope.get("query_string", b"").decode("latin-1")
-        wanted = _route_path(scope) + (f"?{query}" if query else "")
+        wanted = route_path(scope) + (f"?{query}" if query else "")
         target = f"{scope.get('root_path', '')}/login?next={quote(wanted, safe='/')}"
         body, status = b"", 303
         fields.append((b"location", target.encode("latin-1")))
@@ -233,7 +233,8 @@ async def _refuse(scope: Scope, headers: Mapping[str, list[str]], error: UserErr
     await answer.send({"type": "http.response.body", "body": body})
 
 
-def _headers(scope: Scope) -> dict[str, list[str]]:
+def headers_by_name(scope: Scope) -> dict[str, list[str]]:
+    """The headers of a request, by name in lower case."""
     headers: dict[str, list[str]] = {}
     for name, value in scope["headers"]:
         headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip())
@@ -245,7 +246,7 @@ def _cookies(headers: Mapping[str, list[str]]) -> dict[str, str]:
     return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path as our routes see it, without the sub-path of a proxy."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] or "/" if root and (path == root or path.startswith(root + "/")) else path
@@ -253,7 +254,7 @@ def _route_path(scope: Scope) -> str:
 
 def _wants_page(scope: Scope, headers: Mapping[str, list[str]]) -> bool:
     """A browser opening a page, or gradio_client's first request, which keeps the cookie it gets."""
-    return _is_navigation(scope, headers) or (scope["type"] == "http" and _route_path(scope) == "/config")
+    return _is_navigation(scope, headers) or (scope["type"] == "http" and route_path(scope) == "/config")
 
 
 def _is_navigation(scope: Scope, headers: Mapping[str, list[str]]) -> bool:

@@ -39,6 +39,10 @@ class Piece:
     """How many of the tokens so far were thinking."""
     note: str = ""
     """What is done before the reply can begin, for the reader."""
+    warning: str = ""
+    """What went otherwise than was wished, for the reader; it stays with the reply."""
+    stop: str = ""
+    """In the last piece: the stop string that ended the reply."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Stats:
     accepted_tokens: int | None = None
     reasoning_tokens: int | None = None
     note: str | None = None
+    warning: str | None = None
 
     def seen(self, piece: Piece, seconds: float) -> Stats:
         """The stats after `piece`, which came `seconds` after the start."""
@@ -127,6 +132,7 @@ class Stats:
             accepted_tokens=timings.accepted_tokens if timings and timings.draft_tokens else self.accepted_tokens,
             reasoning_tokens=piece.reasoning_tokens or self.reasoning_tokens,
             note=piece.note or None,
+            warning=piece.warning or self.warning,
         )
 
 
@@ -482,3 +488,32 @@ class Replies:
         deadline = time.monotonic() + seconds
         for reply in running:
             reply.finished.wait(max(0.0, deadline - time.monotonic()))
+
+
+class Stops:
+    """Replies of the API while they run, by answer and by who asked: they can be stopped by another request. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[object, tuple[str, str, tuple[CancelToken, ...]]] = {}
+
+    @contextmanager
+    def kept(self, answer: str, client: str, tokens: Iterable[CancelToken]) -> Iterator[None]:
+        """Replies that can be stopped meanwhile. `answer`: the id that the client was told, if any."""
+        key = object()
+        with self._lock:
+            self._running[key] = (answer, client, tuple(tokens))
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._running[key]
+
+    def stop(self, answer: str = "", client: str = "") -> int:
+        """Stop the replies of one answer, those of one client, or all if neither is given; how many."""
+        with self._lock:
+            running = list(self._running.values())
+        found = [token for a, c, tokens in running if answer in ("", a) and client in ("", c) for token in tokens]
+        for token in found:
+            token.cancel()
+        return len(found)

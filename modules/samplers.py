@@ -78,7 +78,7 @@ class SamplingParams(Options):
 
     temperature: float = knob(
         1.0,
-        "Divides the logits: lower is more predictable, 0 always takes the likeliest token.",
+        "Divides the logits: lower is more predictable. To take the likeliest token always, switch do_sample off (or give 0 by flag, file or API).",
         range=(0.01, 5, 0.01),
         bounds=(0, None),
         group=CURVE,

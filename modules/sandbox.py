@@ -53,11 +53,11 @@ class Refused(Exception):
 
 def limit(what: str) -> TemplateError:
     """The error for a template that goes too far."""
-    return TemplateError(f"The chat template was stopped: {what}. Choose another template for this model; this one may be harmful.")
+    return TemplateError(f"The chat template was stopped: {what.rstrip('.')}. Choose another template for this model; this one may be harmful.")
 
 
 def _failed(error: BaseException) -> TemplateError:
-    text = (str(error) or type(error).__name__)[:300]
+    text = " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
     return TemplateError(f"The chat template failed: {text}. Choose or write another template for this model.")
 
 

@@ -58,15 +58,16 @@ class Settings(Options):
     subpath: str = knob("", "Path under which a proxy shows the page.", group=UI, metavar="PATH")
     dark_theme: Literal["auto", "on", "off"] = knob("auto", "Colours of the page: auto follows the system.", group=UI)
 
-    api: bool = knob(False, "Serve the OpenAI-compatible API.", group=API, later=True)
-    api_port: int = knob(5000, "Port of the API.", bounds=(0, 65535), group=API, metavar="PORT", later=True)
-    api_key: str = knob("", "Key that API requests must carry.", group=API, metavar="KEY", later=True)
-    admin_key: str = knob("", "Key for loading and unloading models through the API.", group=API, metavar="KEY", later=True)
+    api: bool = knob(False, "Serve the OpenAI- and Anthropic-compatible API.", group=API)
+    api_port: int = knob(5000, "Port of the API.", bounds=(0, 65535), group=API, metavar="PORT")
+    api_key: str = knob("", "Key that API requests must carry.", group=API, metavar="KEY")
+    admin_key: str = knob("", "Key for loading and unloading models through the API.", group=API, metavar="KEY")
+    cors_origin: tuple[str, ...] = knob((), "Web pages of other origins that may use the API; * for all.", group=API, metavar="ORIGIN")
     api_enable_ipv6: bool = knob(False, "Serve the API over IPv6.", group=API, later=True)
     api_disable_ipv4: bool = knob(False, "Do not serve the API over IPv4.", group=API, later=True)
     public_api: bool = knob(False, "Publish the API through a tunnel.", group=API, later=True)
     public_api_id: str = knob("", "Name of that tunnel.", group=API, metavar="ID", later=True)
-    nowebui: bool = knob(False, "Serve the API without the page.", group=API, later=True)
+    nowebui: bool = knob(False, "Serve the API without the page.", group=API)
 
     @field_validator("dark_theme", mode="before")
     @classmethod

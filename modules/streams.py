@@ -197,6 +197,9 @@ class ReasoningSplitter:
             self._answer(trim=True)
 
     def _between(self, deltas: list[Delta], more: bool) -> None:
+        if "to=functions." in self._held:  # the header of a call, which is for whoever reads calls
+            self._answer(trim=True)
+            return
         place, marker = _OPENING.find(self._held, more)
         if marker and place <= _MAX_HEADER:
             self._held = self._held[place + len(marker) :]

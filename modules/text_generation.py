@@ -10,7 +10,7 @@ from modules.app import App
 from modules.backends.base import Backend, Chunk, GenerationRequest
 from modules.log import logger
 from modules.replies import Piece
-from modules.streams import ReplyStream
+from modules.streams import ReplyStream, StopStrings
 
 
 def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
@@ -56,7 +56,21 @@ def split_reply(
             chunk = replace(chunk, finish_reason="stop") if splitter.stopped else chunk  # noqa: PLW2901
         reasoning = "".join(d.reasoning for d in deltas)
         thought = chunk.completion_tokens if reasoning else thought
-        yield Piece("".join(d.text for d in deltas), reasoning, chunk, thought)
+        yield Piece("".join(d.text for d in deltas), reasoning, chunk, thought, stop=splitter.matched if chunk.finish_reason else "")
+
+
+def raw_reply(chunks: Iterator[Chunk], request: GenerationRequest) -> Iterator[Piece]:
+    """The text as it is, thinking and all, up to the first of `request.stop`."""
+    stops = StopStrings(request.stop)
+    for chunk in chunks:
+        stopped = stops.stopped
+        text = "" if stopped else stops.feed(chunk.text)
+        if stops.stopped and not stopped:
+            request.cancel.cancel()
+        if chunk.finish_reason:
+            text += stops.finish()
+            chunk = replace(chunk, finish_reason="stop") if stops.stopped else chunk  # noqa: PLW2901
+        yield Piece(text, chunk=chunk, stop=stops.matched if chunk.finish_reason else "")
 
 
 def encode(app: App, text: str, add_bos: bool = False) -> list[int]:

@@ -165,6 +165,8 @@ def _document(text: str) -> Any:
         raise _Fault("its brackets are nested too deeply", "Choose another file.") from None
     except ValueError as error:
         why = str(error) if isinstance(error, json.JSONDecodeError) else "a number in it has thousands of digits"
+        if text.lstrip().startswith(("#", "**")):
+            raise _Fault("it looks like Markdown, which is for reading only", "Import the JSON export of the chat.") from None
         raise _Fault(f"it is not the JSON of a chat ({why})") from None
     return values[0] if len(values) == 1 else values
 

@@ -235,6 +235,7 @@ def _summarised(app: App, plan: Plan, conversation: str) -> Generator[Piece, Non
         if cancel.cancelled:
             return plan
     if not text.strip() or not left_out:
+        yield Piece(warning=f"The model gave no summary: the oldest {plan.dropped} messages were left out.")
         return replace(plan, outgrown=False)
     summary = Summary(text.strip(), left_out[-1].id)
     source.store.set_summary(source.who.owner, conversation, {"text": summary.text, "after": summary.after})

@@ -945,6 +945,14 @@ def test_the_oldest_messages_can_be_summarised(app, backend):
     assert app.store.summary("anna", conversation.id) is None
 
 
+def test_a_summary_that_does_not_come_is_told(app, backend):
+    conversation = full(app, backend, "summarise")
+    backend.script = []
+    for _ in range(6):
+        conversation = say(app, "go on " + "w" * 150, conversation.id)
+    assert "no summary" in conversation.path()[-1].details["stats"]["warning"]
+
+
 def test_a_pinned_message_stays_in_the_prompt(app, backend):
     conversation = full(app, backend, "drop")
     archive.pin_message(app, ANNA, conversation.id, conversation.path()[0].id, True)

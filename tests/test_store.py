@@ -315,6 +315,13 @@ def test_titles_come_from_the_first_user_message_once(store: Store):
     assert store.conversation(ANNA, say(store, "hello", title="Mine").id).title == "Mine"
 
 
+def test_a_chat_that_the_assistant_begins_takes_its_title_from_that(store: Store):
+    conversation = store.create(ANNA)
+    _, message = conversation.add("assistant", "Welcome aboard")
+    store.add(ANNA, conversation.id, [message], message.id)
+    assert store.info(ANNA, conversation.id).title == "Welcome aboard"
+
+
 @pytest.mark.parametrize(
     ("text", "title"),
     [

@@ -1,8 +1,8 @@
-"""Conversations in one SQLite file: owners, trees of messages, full-text search, what was deleted, drafts, browser sessions.
+"""Conversations in one SQLite file: owners, trees of messages, full-text search, what was deleted, drafts, browser sessions, the API's responses.
 
 A write is one transaction and a message is one row, so saving a running reply costs the same in a chat of any length; a reply is saved at most
 once a second. Below this class: `database` (the file, its connections), `schema`, `rows` (conversations and messages), `lists` (the list and
-its search), `trash`, `words` (texts).
+its search), `trash`, `responses` (of the API), `words` (texts).
 
 Every method may be called from any thread, checks the owner (NotFound for another's conversation, as if it were absent) and raises DataError
 when the file cannot be read or written, Busy when no connection comes free.
@@ -20,9 +20,10 @@ from typing import Any
 
 from modules.conversation import Conversation, Message, new_id
 from modules.errors import NameError_, NotFound, PromptTooLong, UserError
-from modules.store import lists, rows, trash
+from modules.store import lists, responses, rows, trash
 from modules.store.database import Connection, Database
 from modules.store.lists import MAX_PAGE, ConversationInfo, Filter, Page, bounded
+from modules.store.responses import StoredResponse
 from modules.store.rows import MAX_TAGS, MessagePage, Node, ShownMessage, in_conversation, owned
 from modules.store.schema import MIGRATIONS
 from modules.store.trash import FIRST_IN_MEMORY, Trashed
@@ -30,8 +31,8 @@ from modules.store.words import MAX_NAME, MAX_TITLE, Snippet, clean, clean_name,
 
 __all__ = [
     "FIRST_IN_MEMORY", "INCOGNITO", "MAX_DRAFTS", "MAX_DRAFT_CHARACTERS", "MAX_NAME", "MAX_PAGE", "MAX_SESSIONS", "MAX_TAGS", "MAX_TITLE",
-    "MIGRATIONS", "ConversationInfo", "MessagePage", "Node", "Page", "ShownMessage", "Snippet", "Store", "Trashed", "clean", "clean_name",
-    "clean_title", "title_from",
+    "MIGRATIONS", "ConversationInfo", "MessagePage", "Node", "Page", "ShownMessage", "Snippet", "Store", "StoredResponse", "Trashed", "clean",
+    "clean_name", "clean_title", "title_from",
 ]  # fmt: skip
 
 INCOGNITO = "incognito-"
@@ -384,6 +385,28 @@ class Store(Database):
         with self._writing() as db:
             db.execute('REPLACE INTO sessions (key, "values", saved) VALUES (?, ?, ?)', (key, rows.to_json(values), time.time()))
             db.execute("DELETE FROM sessions WHERE saved < (SELECT saved FROM sessions ORDER BY saved DESC LIMIT 1 OFFSET ?)", (MAX_SESSIONS - 1,))
+
+    # Of the API: `client` is who asked
+
+    def response(self, client: str, id: str) -> StoredResponse:
+        """A response that was kept."""
+        with self._reading() as db:
+            return responses.one(db, client, id)
+
+    def response_chain(self, client: str, id: str) -> list[StoredResponse]:
+        """A response and those that it goes on from, oldest first. Raises NotFound when one of them is gone."""
+        with self._reading() as db:
+            return responses.chain(db, client, id)
+
+    def save_response(self, client: str, response: StoredResponse) -> None:
+        """Keep a response; of all clients' only those used last are kept, at most MAX_RESPONSES."""
+        with self._writing() as db:
+            responses.insert(db, client, response)
+
+    def delete_response(self, client: str, id: str) -> None:
+        """Forget a response. One that goes on from it stays, and cannot be gone on from."""
+        with self._writing() as db:
+            responses.delete(db, client, id)
 
     def _new_id(self) -> str:
         return INCOGNITO + new_id() if self.in_memory else new_id()

@@ -226,8 +226,9 @@ def set_title(db: Connection, number: int, title: str) -> None:
 
 
 def title_if_none(db: Connection, head: sqlite3.Row, messages: Sequence[Message]) -> None:
-    """A conversation without a title takes one from its first user message."""
-    title = "" if head["title"] else title_from(next((m.text for m in messages if m.role == "user"), ""))
+    """A conversation without a title takes one from its first user message, else from what stands there first."""
+    texts = [m.text for m in messages if m.role == "user"] or [m.text for m in messages]
+    title = "" if head["title"] else title_from(next(filter(None, texts), ""))
     if title:
         set_title(db, head["number"], title)
 

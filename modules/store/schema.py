@@ -67,4 +67,13 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX drafts_saved ON drafts (owner, saved);
     CREATE TABLE imports (key TEXT PRIMARY KEY) WITHOUT ROWID;
     """,
+    # responses: those of the API's /v1/responses. previous: the response that this one goes on from; used: the order in which they were made or
+    # gone on from. The index holds all that is needed to choose those that must go.
+    """
+    CREATE TABLE responses (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, client TEXT NOT NULL, previous TEXT, used INTEGER NOT NULL,
+        size INTEGER NOT NULL, items TEXT NOT NULL, body TEXT NOT NULL
+    );
+    CREATE INDEX responses_used ON responses (used, number, size);
+    """,
 )

@@ -18,7 +18,7 @@ import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
-from modules.ui import ASSETS, chat_tab, model_tab, parameters_tab
+from modules.ui import ASSETS, chat_tab, gradio_api, model_tab, parameters_tab
 from modules.ui.controls import QUIET, host, showing
 from modules.ui.i18n import translate
 
@@ -54,8 +54,8 @@ class SessionValues(Protocol):
         ...
 
 
-def build_page(app: App, session_values: SessionValues) -> gr.Blocks:
-    """The page of `app`, in English for a server without `i18n.Speaking`."""
+def build_page(app: App, session_values: SessionValues, who: gradio_api.Who | None = None) -> gr.Blocks:
+    """The page of `app`, in English for a server without `i18n.Speaking`. With `who`, also the endpoints of Gradio's API."""
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False) as page:
         host("header", f'<div data-theme="{app.settings.dark_theme}"></div>', elem_id="tgw-header")
         made: dict[str, Component] = {}
@@ -65,7 +65,10 @@ def build_page(app: App, session_values: SessionValues) -> gr.Blocks:
                     with gr.Tab(tab.label, id=tab.label.lower(), elem_id=f"tgw-tab-{tab.label.lower()}") as place:
                         made |= tab.build(app, place)
         _repaint(page, made, session_values)
+        if who:
+            gradio_api.add_endpoints(app, who)
     translate(page)
+    page.queue(max_size=gradio_api.MAX_QUEUE)
     return page
 
 

@@ -21,7 +21,7 @@ from modules.ui.library_routes import grammars
 _HOOK = "window.tgw.set"
 _OPEN = {CURVE, CUTOFF, LENGTH, REPETITION}
 """Groups that most people use."""
-_EXAMPLE = "What the model is sent, with a short conversation"
+_EXAMPLE = "What the model is sent, with a short conversation; a changed text is in use once it is saved"
 
 
 def build(app: App, tab: gr.Tab) -> dict[str, Component]:

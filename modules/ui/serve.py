@@ -9,16 +9,19 @@ from typing import Any
 
 import gradio
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from modules import system, transfer
+from modules.api.limits import BodyLimit
+from modules.api.server import api_served, tls
 from modules.app import App
 from modules.auth import Auth
-from modules.errors import Busy, InUse, SettingsError, UserError
-from modules.guard import ASGIApp, Guard, Hosts, Message, Receive, Scope, Send
+from modules.errors import Busy, InUse, UserError
+from modules.guard import ASGIApp, Guard, Hosts, Receive, Scope, Send, route_path
+from modules.listening import address, claim, host_of, settings_path
 from modules.log import logger
 from modules.settings import Settings
 from modules.ui.branches import shown_values
@@ -39,13 +42,13 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
     api.include_router(login_router(auth, app.store.change_owner))
     api.include_router(build_router(app, auth))
     _add_errors(api)
-    api.add_middleware(BodyLimit)
+    api.add_middleware(BodyLimit, most=_longest_body)
 
     def session_values(request: Any, conversation: str = "") -> dict[str, Any]:
         return shown_values(app, auth.need(request), conversation)
 
     api.add_middleware(Speaking, values=session_values)
-    page = build_page(app, session_values)
+    page = build_page(app, session_values, auth.need)
     gradio.mount_gradio_app(
         api,
         page,
@@ -59,6 +62,10 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
         **appearance(),
     )
     return Guard(api, auth, hosts)
+
+
+def _longest_body(path: str) -> int:
+    return transfer.MAX_BYTES if path.endswith("/chat/import") else MAX_BODY_BYTES
 
 
 def _add_errors(api: FastAPI) -> None:
@@ -84,27 +91,6 @@ def _add_errors(api: FastAPI) -> None:
         return _error(500, "InternalError", f"The server made a mistake ({type(error).__name__}). The terminal has the details.")
 
 
-class BodyLimit:
-    """ASGI middleware: a body of more than MAX_BODY_BYTES (of an import: its own limit) is not read to its end; its route answers 413."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what the route receives. A route that reads no body is not disturbed by a long one."""
-        taken, most = 0, transfer.MAX_BYTES if scope.get("path", "").endswith("/chat/import") else MAX_BODY_BYTES
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > most:
-                raise HTTPException(413, f"a request of more than {most >> 20} MB. Send less at once")
-            return message
-
-        await self.app(scope, counted if scope["type"] == "http" else receive, send)
-
-
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": {"code": code, "message": message}}, status, headers)
 
@@ -114,44 +100,15 @@ def _error(status: int, code: str, message: str, headers: dict[str, str] | None 
 
 def bind(settings: Settings) -> socket.socket:
     """A listening socket on the configured port, or on 7860 or the next free one. Raises InUse or SettingsError with the fix."""
-    host = settings.listen_host or ("0.0.0.0" if settings.listen else "127.0.0.1")
+    host = host_of(settings)
     if settings.listen_port:
-        return _bind(host, settings.listen_port)
+        return claim(host, settings.listen_port)
     for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED):
         try:
-            return _bind(host, port)
+            return claim(host, port)
         except InUse:
             continue
     raise InUse(f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are all in use. End a program that holds one, or give --listen-port.")
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delay of 40 ms on
-    system.claim_port(listener)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except PermissionError:
-        listener.close()
-        raise SettingsError(f"Port {port} needs more rights than this account has. Give a --listen-port above 1023.") from None
-    except OSError as error:
-        listener.close()
-        if error.errno not in system.ADDRESS_IN_USE:
-            raise SettingsError(f"Cannot listen on {host}: {error.strerror}. Correct --listen-host.") from None
-        raise InUse(f"Port {port} is in use by another program. End that one, or choose another port with --listen-port.") from None
-    return listener
-
-
-def address(settings: Settings, listener: socket.socket) -> str:
-    """The page's address for a browser on this machine."""
-    host, port = listener.getsockname()[:2]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}{_subpath(settings)}/"
-
-
-def _subpath(settings: Settings) -> str:
-    return f"/{settings.subpath.strip('/')}" if settings.subpath.strip("/") else ""
 
 
 def serve(app: App, auth: Auth) -> None:
@@ -160,19 +117,34 @@ def serve(app: App, auth: Auth) -> None:
     listener = bind(settings)
     guard = build_server(app, auth, Hosts.build(settings.listen, settings.listen_host, settings.allowed_hosts))
     app.models.listen(app.replies.wake)
-    config = uvicorn.Config(
-        guard,
-        log_level="warning",
-        access_log=False,
-        root_path=_subpath(settings),
-        ssl_keyfile=settings.ssl_keyfile or None,
-        ssl_certfile=settings.ssl_certfile or None,
-        ws_max_size=2**17,
-        timeout_graceful_shutdown=3,
-        server_header=False,
-    )
-    server = _Server(config, lambda: _up(app, guard, address(settings, listener)))
-    server.run(sockets=[listener])
+    page: ASGIApp = guard
+    with api_served(app, lambda: guard.hosts) as api:
+        if api and (settings.api_key or not auth.login_required):
+            page = _Both(guard, api)
+        config = uvicorn.Config(
+            page,
+            log_level="warning",
+            access_log=False,
+            root_path=settings_path(settings),
+            ws_max_size=2**17,
+            timeout_graceful_shutdown=3,
+            server_header=False,
+            **tls(settings),
+        )
+        server = _Server(config, lambda: _up(app, guard, address(settings, listener)))
+        server.run(sockets=[listener])
+
+
+class _Both:
+    """ASGI application: the API's paths to the API, everything else to the page. With logins this needs an API key, which then takes their place."""
+
+    def __init__(self, page: ASGIApp, api: ASGIApp) -> None:
+        self._page, self._api = page, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass it on."""
+        ours = scope["type"] == "http" and (path := route_path(scope)) and (path.startswith("/v1/") or path == "/health")
+        await (self._api if ours else self._page)(scope, receive, send)
 
 
 class _Server(uvicorn.Server):

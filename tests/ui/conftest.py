@@ -18,6 +18,8 @@ from tests.fakes import WAIT, FakeBackend, FakeEngine, until
 
 CHROMIUM_FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
+WINDOW = {"viewport": {"width": 1280, "height": 800}}
+
 
 @dataclass
 class Live:
@@ -48,18 +50,24 @@ class Live:
         return len(self.backend.requests)
 
 
+@pytest.fixture(scope="session")
+def listener():
+    """One port for the servers of all tests, one after the other: what a browser keeps of the page's files, it keeps for all of them."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
 @contextmanager
-def serving(built: app.App, who: auth.Auth):
-    """The server of `built` on a free port; gives its address."""
+def serving(built: app.App, who: auth.Auth, listener: socket.socket):
+    """The server of `built`; gives its address."""
     import uvicorn
 
     from modules.ui.serve import build_server
 
-    listener = socket.create_server(("127.0.0.1", 0))
     ready = build_server(built, who, guard.Hosts.build(False))
     built.models.listen(built.replies.wake)
-    server = uvicorn.Server(uvicorn.Config(ready, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    server = uvicorn.Server(uvicorn.Config(ready, log_level="critical", timeout_graceful_shutdown=0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]}, daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
@@ -67,11 +75,10 @@ def serving(built: app.App, who: auth.Auth):
     finally:
         server.should_exit = True
         thread.join(WAIT)
-        listener.close()
 
 
 @pytest.fixture
-def live_server(tmp_path, monkeypatch, request):
+def live_server(tmp_path, monkeypatch, request, listener):
     """A `Live` server; flags in the marker's arguments: @pytest.mark.parametrize("live_server", [("--flag",)], indirect=True)."""
     engine = FakeEngine()
     engine.loader = replace(engine.loader, samplers=frozenset({"top_p", "top_k"}))
@@ -84,7 +91,7 @@ def live_server(tmp_path, monkeypatch, request):
     built = app.build(configuration, data, Store.open(data.database), BlockPresenter)
     built.models.load(built.models.choose("model.fake"))
     who = auth.Auth({}, data.sessions)
-    with serving(built, who) as url:
+    with serving(built, who, listener) as url:
         yield Live(built, who, engine, url)
         for backend in engine.loaded:
             backend.gate.release(10**6)
@@ -100,41 +107,85 @@ def chromium(browser_path):
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def everyday(chromium):
+    """The browser of `new_tab`, which keeps its cache from test to test."""
+    context = chromium.new_context(**WINDOW)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def new_browser(chromium, live_server):
-    """Makes browser contexts. At the end: no error in any page, and no request to any host but ours."""
+def watched(live_server):
+    """Listens to browser contexts. At the end: no error in any page, and no request to any host but ours."""
     contexts, errors, foreign = [], [], []
 
     def asked(request):
         if not request.url.startswith((live_server.url, "data:", "blob:")):
             foreign.append(request.url)
 
-    def make(**options):
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+    def said(message):
+        if "Content Security Policy" in message.text:
+            errors.append(message.text)
+
+    def failed(error):
+        errors.append(str(error.error))
+
+    listeners = {"request": asked, "console": said, "weberror": failed}
+
+    def watch(context):
         context.set_default_timeout(WAIT * 1000)
-        context.on("request", asked)
-        context.on("console", lambda message: errors.append(message.text) if "Content Security Policy" in message.text else None)
-        context.on("weberror", lambda error: errors.append(str(error.error)))
+        for event, listen in listeners.items():
+            context.on(event, listen)
+        contexts.append(context)
+        return context
+
+    yield watch
+    for context in contexts:
+        for event, listen in listeners.items():
+            context.remove_listener(event, listen)
+    assert foreign == []
+    assert errors == []
+
+
+@pytest.fixture
+def new_browser(chromium, watched):
+    """Makes browser contexts."""
+    contexts = []
+
+    def make(**options):
+        context = watched(chromium.new_context(**{**WINDOW, **options}))
         contexts.append(context)
         return context
 
     yield make
     for context in contexts:
         context.close()
-    assert foreign == []
-    assert errors == []
 
 
 @pytest.fixture
-def new_tab(new_browser, live_server):
+def new_tab(everyday, watched, live_server):
     """Opens tabs of one browser."""
-    context = new_browser()
+    _forget(everyday, live_server.url)
+    watched(everyday)
 
     def make(path: str = "/"):
-        tab = context.new_page()
+        tab = everyday.new_page()
         tab.goto(live_server.url + path)
         tab.locator(".tgw-composer textarea").wait_for()
         tab.wait_for_function("document.querySelector('.tgw-chip').dataset.state === 'ready'")
         return tab
 
-    return make
+    yield make
+    everyday.set_offline(False)
+    for tab in everyday.pages:
+        tab.goto("about:blank")  # what it does as it goes, it does now
+        tab.close()
+
+
+def _forget(context, url: str) -> None:
+    """Let a browser know nothing of former servers at this address but the files of the page."""
+    blank = context.new_page()
+    context.new_cdp_session(blank).send("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "cookies,local_storage"})
+    context.clear_cookies()
+    blank.close()

@@ -6,6 +6,7 @@ import pytest
 
 from modules.conversation import Conversation, new_id
 from tests.fakes import until
+from tests.ui.acting import ask, box, finished, reply, send, user
 
 pytestmark = pytest.mark.browser
 
@@ -14,33 +15,6 @@ expect.set_options(timeout=20_000)
 
 CODE = ["Some code:\n\n", "```python\n", "a = 1\n", "b = 2\n", "```\n", "\nAnd **done**."]
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
-
-
-def box(tab):
-    return tab.locator(".tgw-composer textarea")
-
-
-def send(tab, text):
-    box(tab).fill(text)
-    box(tab).press("Enter")
-
-
-def reply(tab):
-    return tab.locator(".tgw-msg.assistant").last
-
-
-def user(tab):
-    return tab.locator(".tgw-msg.user").last
-
-
-def finished(tab):
-    expect(tab.locator(".tgw-send")).to_have_attribute("aria-label", "Send")
-
-
-def ask(tab, text):
-    send(tab, text)
-    expect(user(tab)).to_contain_text(text)
-    finished(tab)
 
 
 def rows(tab):

@@ -8,6 +8,7 @@ from modules.backends.base import Chunk
 from modules.errors import DataError
 from modules.store import Store
 from tests.fakes import until
+from tests.ui.acting import ask, box, finished, send
 
 pytestmark = pytest.mark.browser
 
@@ -19,25 +20,6 @@ AWAY = """(away) => {
     document.hasFocus = () => !away;
     document.dispatchEvent(new Event('visibilitychange'));
 }"""
-
-
-def box(tab):
-    return tab.locator(".tgw-composer textarea")
-
-
-def send(tab, text):
-    box(tab).fill(text)
-    box(tab).press("Enter")
-
-
-def finished(tab):
-    expect(tab.locator(".tgw-send")).to_have_attribute("aria-label", "Send")
-
-
-def ask(tab, text):
-    send(tab, text)
-    expect(tab.locator(".tgw-msg.user").last).to_contain_text(text)
-    finished(tab)
 
 
 def said(tab):
@@ -447,6 +429,21 @@ def test_a_reply_is_removed_and_the_question_is_back(live_server, new_tab):
     box(tab).press("Control+Shift+Backspace")
     expect(said(tab)).to_have_text(["One", "Hello world"])
     expect(box(tab)).to_have_value("Two")
+    tab.get_by_role("button", name="Undo").click()
+    expect(said(tab)).to_have_text(["One", "Hello world", "Two", "Hello world"])
+    expect(box(tab)).to_have_value("")
+
+
+def test_a_command_that_cannot_be_done_now_is_not_sent(live_server, new_tab):
+    tab = new_tab()
+    for text in ("/rename Foo", "/regenerate", "/TREE"):
+        send(tab, text)
+        expect(tab.locator(".tgw-toast").last).to_contain_text(f"{text.split()[0]} cannot be done here now")
+        expect(box(tab)).to_have_value(text)
+    assert live_server.asked == 0
+    box(tab).fill("")
+    send(tab, "/tree of life")
+    expect(said(tab)).to_have_text(["/tree of life", "Hello world"])
 
 
 def test_the_help_sheet_tells_all_keys(live_server, new_tab):

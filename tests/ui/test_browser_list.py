@@ -11,6 +11,7 @@ import pytest
 from modules import transfer
 from modules.conversation import Conversation, new_id
 from tests.fakes import until
+from tests.ui.acting import ask, box, user
 
 pytestmark = pytest.mark.browser
 
@@ -18,21 +19,6 @@ expect = pytest.importorskip("playwright.sync_api").expect
 expect.set_options(timeout=20_000)
 
 LETTERS = ("Alpha", "Beta", "Gamma", "Delta")
-
-
-def ask(tab, text):
-    box(tab).fill(text)
-    box(tab).press("Enter")
-    expect(user(tab)).to_contain_text(text)
-    expect(tab.locator(".tgw-msg.running")).to_have_count(0)
-
-
-def box(tab):
-    return tab.locator(".tgw-composer textarea")
-
-
-def user(tab):
-    return tab.locator(".tgw-msg.user").last
 
 
 def rows(tab):
@@ -235,6 +221,7 @@ def test_tags_are_set_shown_and_clicked(live_server, new_tab):
     tab.keyboard.type("blue")
     dialog(tab).get_by_role("button", name="Save").click()
     expect(row(tab, "Beta").locator(".tgw-tag")).to_have_text(["blue", "red"])
+    expect(chips(tab)).to_have_text(["blue1", "red1"])
     choose(tab, "Delta", "Tags…")
     dialog(tab).get_by_label("red").check()
     dialog(tab).get_by_role("button", name="Save").click()

@@ -8,6 +8,7 @@ import pytest
 from modules.samplers import SamplingParams
 from modules.ui import ASSETS
 from tests.fakes import FakeBackend, until
+from tests.ui.acting import ask
 
 pytestmark = pytest.mark.browser
 
@@ -61,13 +62,6 @@ def chosen_mode(tab):
 
 def in_effect(tab):
     return tab.evaluate("window.tgw.call('GET', `chat/session?conversation=${window.tgw.conversation()}`).then((found) => found.values)")
-
-
-def ask(tab, text):
-    tab.locator(".tgw-composer textarea").fill(text)
-    tab.get_by_role("button", name="Send", exact=True).click()
-    expect(tab.locator(".tgw-msg.user").last).to_contain_text(text)
-    expect(tab.locator(".tgw-send")).to_have_attribute("aria-label", "Send")
 
 
 def listed(tab, title):
@@ -342,6 +336,7 @@ def test_a_style_of_ones_own_from_the_css_folder(live_server, wide):
     tab.reload()
     until(lambda: tab.locator(".tgw-msg.user").count() == 1 and "rgb(1, 2, 3)" in bubble(tab))
     expect(knob(tab, "chat_style").locator("input")).to_have_value("mine")
+    tab.wait_for_load_state("networkidle")  # what is changed while the controls are filled would be filled over
     style(tab, "modern")
     until(lambda: "rgb(1, 2, 3)" not in bubble(tab))
 

@@ -10,6 +10,7 @@ import pytest
 from modules.backends.base import Chunk, Timings, TokenLogprob
 from modules.conversation import Conversation, new_id
 from tests.fakes import WAIT, FakeBackend, until
+from tests.ui.acting import ask, box, finished, reply, send, user
 
 pytestmark = pytest.mark.browser
 
@@ -67,35 +68,8 @@ class Voices(FakeBackend):
         yield Chunk(finish_reason="stop", prompt_tokens=len(request.prompt), completion_tokens=said, timings=Timings(decode_seconds=1.0))
 
 
-def box(tab):
-    return tab.locator(".tgw-composer textarea")
-
-
-def send(tab, text):
-    box(tab).fill(text)
-    box(tab).press("Enter")
-
-
 def messages(tab):
     return tab.locator(".tgw-msg .tgw-body")
-
-
-def reply(tab):
-    return tab.locator(".tgw-msg.assistant").last
-
-
-def user(tab):
-    return tab.locator(".tgw-msg.user").last
-
-
-def finished(tab):
-    expect(tab.locator(".tgw-send")).to_have_attribute("aria-label", "Send")
-
-
-def ask(tab, text):
-    send(tab, text)
-    expect(user(tab)).to_contain_text(text)
-    finished(tab)
 
 
 def menu_of(tab, message, *names):
@@ -683,6 +657,7 @@ def test_two_browsers_see_the_same_through_every_turn(two_browsers, live_server)
     tab.locator(".tgw-edit textarea").press("Enter")
     for each in both:
         expect(messages(each)).to_have_text(["First", "Hello world", "Second, edited", "Edited answer"])
+        finished(each)
     live_server.hold("Slow ", "answer")
     box(other).press("Control+Enter")
     live_server.say()
@@ -724,6 +699,7 @@ def test_an_answer_that_comes_late_does_not_undo_what_happened_meanwhile(two_bro
     expect(messages(tab)).to_have_text(["First", "Another"])
     route, response = held[0]
     route.fulfill(response=response)
+    tab.unroute("**/chat/messages")
     finished(tab)
     expect(box(tab)).to_have_value("")
     expect(messages(tab)).to_have_text(["First", "Another"])

@@ -442,8 +442,8 @@ export const chat = {
     });
   },
 
-  /** Take a message out, with all that follows it. Answers whether the server did. */
-  async remove(message) {
+  /** Take a message out, with all that follows it. Answers whether the server did. `undone` is called before it comes back. */
+  async remove(message, undone) {
     if (!this.quiet()) return false;
     const { id } = this;
     let undo = null;
@@ -453,7 +453,7 @@ export const chat = {
       return answer.page;
     });
     if (!page) return false;
-    const back = { label: t('Undo'), run: () => this.restore(undo, id) };
+    const back = { label: t('Undo'), run: () => { undone?.(); this.restore(undo, id); } };
     toast(t('Removed, with what followed.'), 'done', this.incognito ? null : back);
     return true;
   },
@@ -465,8 +465,10 @@ export const chat = {
   /** Remove the last message of the user with what follows; its text is in the box again. */
   async removeLast() {
     const message = this.lastOf('user') || this.last();
-    if (!message || !await this.remove(message)) return;
-    if (message.mine && !composer.box.value) composer.put(message.data.text);
+    const { text } = message?.data || {};
+    const putBack = () => { if (composer.box.value === text) composer.put(''); };
+    if (!message || !await this.remove(message, putBack)) return;
+    if (message.mine && !composer.box.value) composer.put(text);
   },
 
   /** A new chat with everything up to a message, and show it. */

@@ -137,6 +137,7 @@ export const composer = {
       this.send.replaceChildren(icon(mode));
     }
     const something = /\S/.test(this.box.value);
+    this.form.setAttribute('aria-busy', String(Boolean(chat.busy)));
     this.send.disabled = !this.writing && (chat.busy || !(something || queue.here.length));
     this.later.hidden = !chat.running || !something;
     this.form.classList.toggle('impersonating', Boolean(this.impersonating));
@@ -151,6 +152,8 @@ export const composer = {
     if (chat.busy || this.impersonating) return;
     if (!text.trim()) { queue.held = false; queue.send(queue.here[0]); return; }
     if (chat.running) { if (queue.add(text)) this.put(''); return; }
+    const command = slash.impossible(text);
+    if (command) { toast(t('{command} cannot be done here now. Esc, then Enter sends it as a message.', { command })); return; }
     const key = this.key;
     if (!await this.post(text, extra)) return;
     drafts.keep(key, '');
@@ -197,6 +200,7 @@ export const composer = {
     if (chat.busy || this.writing) return;
     const mine = this.impersonating = { id: null, seen: 0, text: '' };
     this.refresh();
+    await chat.opening;
     const begun = await attempt(() => session.turn('chat/impersonate', { conversation: chat.id, text: this.box.value }));
     if (this.impersonating !== mine) { if (begun) api('POST', 'chat/stop', { message: begun.reply }).catch(() => {}); return; }
     if (!begun) { this.stop(); return; }

@@ -169,7 +169,8 @@ export class Message {
   }
 
   showNotice() {
-    const { state, error, text, greeting } = this.data;
+    const { state, text, greeting } = this.data;
+    const error = this.data.error || this.data.stats?.warning;
     const words = { stopped: t('Stopped'), interrupted: t('Interrupted: the server ended during this reply'), failed: error || t('This reply failed') }[state]
       || (error && state === 'done' ? error : '');
     this.notice.hidden = !words;

@@ -1,4 +1,4 @@
-// A list over the box while a command is typed: "/" at its beginning. What is no command is a message.
+// A list over the box while a command is typed: "/" at its beginning. What is no command is a message; a command that cannot be done now is neither.
 import { el, icon, t } from './core.js';
 import { composer } from './composer.js';
 import { commands } from './commands.js';
@@ -76,6 +76,13 @@ export const slash = {
     const item = this.items[at];
     this.close();
     item?.run();
+  },
+
+  /** The command that `text` is, where it cannot be done now; '' else, and after Esc. */
+  impossible(text) {
+    const typed = !this.refused && /^\/([^\s/]+)(?:[ \t]+(\S[^]*))?\s*$/u.exec(text);
+    const own = (each) => each.name && [each.name, ...(each.also || [])].includes(typed[1].toLowerCase()) && (each.argument || !typed[2]);
+    return typed && commands().some(own) ? `/${typed[1]}` : '';
   },
 
   /** A key in the box; true if it was for this list. */

@@ -1,0 +1,1 @@
+"""The HTTP API, a drop-in for OpenAI's and Anthropic's. Rooms: errors, keys, schemas, requests, running, openai, ..., server."""

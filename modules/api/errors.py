@@ -1,0 +1,73 @@
+"""Errors as API clients know them: OpenAI's {"error": {message, type, code, param}} and Anthropic's {"type": "error", "error": {type, message}}."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from modules.errors import AccessDenied, Busy, NoModel, NotFound, PromptTooLong, UserError
+
+Json = dict[str, Any]
+
+
+class BadRequest(UserError):
+    """A field of the request cannot be followed."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """`param`: the field's name."""
+        super().__init__(message)
+        self.param = param
+
+
+class NotAvailable(UserError):
+    """A route that this server knows and has nothing for."""
+
+    status = 501
+
+
+class WrongKey(AccessDenied):
+    """No key, or one that is not ours."""
+
+    status = 401
+
+
+def status_of(error: UserError) -> int:
+    """The HTTP status: as the clients of OpenAI and Anthropic expect it, where our own page has another one."""
+    if isinstance(error, NoModel):
+        return 503
+    return 400 if isinstance(error, PromptTooLong) or error.status == 422 else error.status
+
+
+def headers_of(error: UserError) -> dict[str, str]:
+    """Retry-After where trying again makes sense."""
+    return {"Retry-After": str(max(1, round(error.retry_after)))} if isinstance(error, Busy) else {}
+
+
+def openai_error(error: UserError) -> Json:
+    """OpenAI's body."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLong) else _snake(error.code)
+    return openai_body(status_of(error), str(error), code, getattr(error, "param", None))
+
+
+def openai_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Json:
+    """OpenAI's body; its type follows from the status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 501: "not_available_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def anthropic_error(error: UserError) -> Json:
+    """Anthropic's body."""
+    kind = "overloaded_error" if isinstance(error, Busy) else "not_found_error" if isinstance(error, NotFound) else None
+    return anthropic_body(status_of(error), str(error), kind)
+
+
+def anthropic_body(status: int, message: str, kind: str | None = None) -> Json:
+    """Anthropic's body; its type follows from the status unless `kind` says it."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    kind = kind or kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

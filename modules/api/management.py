@@ -1,0 +1,324 @@
+"""Routes beside the two APIs: health, metrics, tokens, probabilities, prompts, stopping, models, LoRA adapters; and ranking by embeddings.
+
+What the server is made of (loading, unloading, lists, adapters, metrics) needs the admin key; `keys.ADMIN` names the paths.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from modules import loaders
+from modules.api.errors import BadRequest
+from modules.api.keys import Keys
+from modules.api.requests import Job, chat_job, completion_jobs, prompt_length
+from modules.api.running import Part, parts, told_headers, while_there
+from modules.api.schemas import (
+    AdaptersRequest,
+    ChatRequest,
+    CompletionRequest,
+    LoadRequest,
+    LogitsRequest,
+    RerankRequest,
+    StopRequest,
+    TextRequest,
+    TokensRequest,
+)
+from modules.app import App
+from modules.backends.base import Adapter, Adapting, Backend, CancelToken, Embedding, adapters_of
+from modules.errors import AccessDenied, Busy, ModelError, UserError
+from modules.guard import headers_by_name
+from modules.models import Choice
+from modules.options import nearest
+from modules.samplers import SamplingParams
+from modules.text_generation import decode, encode
+
+Json = dict[str, Any]
+Client = Callable[[Request], str]
+
+
+def build_router(app: App, client: Client) -> APIRouter:
+    """The routes; `client` says who asks."""
+    router = APIRouter()
+    _add_health(router, app)
+    _add_tokens(router, app)
+    _add_prompts(router, app, client)
+    _add_stop(router, app, client)
+    _add_models(router, app)
+    _add_adapters(router, app)
+    _add_rerank(router, app)
+    return router
+
+
+def _told(body: Any, view: Json, *ignored: str) -> JSONResponse:
+    """`view`, and in a header what of the request was not followed."""
+    return JSONResponse(view, headers=told_headers((*ignored, *(f"{name} is unknown" for name in body.unknown()))))
+
+
+def _add_health(router: APIRouter, app: App) -> None:
+    async def health() -> Json:
+        """Whether the server answers."""
+        return {"status": "ok"}
+
+    for path in ("/health", "/v1/health", "/v1/internal/health"):
+        router.add_api_route(path, health, methods=["GET"], tags=["Server"])
+
+    @router.get("/metrics", tags=["Server"])
+    def metrics(request: Request) -> Response:
+        """For a Prometheus."""
+        body, content_type = app.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+
+# --- tokens and prompts -----------------------------------------------------------------------------------------------------------------
+
+
+def _add_tokens(router: APIRouter, app: App) -> None:
+    @router.post("/v1/internal/encode", tags=["Tokens"])
+    def to_tokens(body: TextRequest) -> Response:
+        """Token ids of a text."""
+        tokens = encode(app, body.text, body.add_bos_token)
+        return _told(body, {"tokens": tokens, "length": len(tokens)})
+
+    @router.post("/v1/internal/decode", tags=["Tokens"])
+    def to_text(body: TokensRequest) -> Response:
+        """The text of token ids."""
+        return _told(body, {"text": decode(app, body.tokens)})
+
+    @router.post("/v1/internal/token-count", tags=["Tokens"])
+    def count(body: TextRequest) -> Response:
+        """How many tokens a text has."""
+        return _told(body, {"length": len(encode(app, body.text, body.add_bos_token))})
+
+
+def _add_prompts(router: APIRouter, app: App, client: Client) -> None:
+    @router.post("/v1/internal/chat-prompt", tags=["Tokens"])
+    def chat_prompt(request: Request, body: ChatRequest) -> Response:
+        """The exact prompt that a chat request would have. `length`: its tokens; null where images belong into it."""
+        backend = app.models.backend
+        job = chat_job(app, backend, body, client(request), fitting=False)
+        view = {"prompt": job.prompt, "length": None if job.request.images else prompt_length(backend, job)}
+        return JSONResponse(view, headers=told_headers(job.ignored))
+
+    @router.post("/v1/internal/logits", tags=["Tokens"])
+    async def logits(request: Request, body: LogitsRequest) -> Response:
+        """The likeliest next tokens with their probabilities, before samplers."""
+        job = await run_in_threadpool(_next_token, app, body, client(request))
+        view = await while_there(request, _likeliest(parts(app, [job])))
+        idle = [f"{name} has no effect without use_samplers" for name in body.given(SamplingParams) if name != "add_bos_token"]
+        return _told(body, view, *sorted(idle))
+
+
+def _next_token(app: App, body: LogitsRequest, client: str) -> Job:
+    if body.use_samplers:
+        what = "The engines here tell probabilities as the model gives them, before samplers, and not those after."
+        raise BadRequest(f"{what} Leave use_samplers out.", "use_samplers")
+    # A prompt that would end here has alternatives too: its end is no candidate for the one token that is chosen.
+    asked = {"prompt": body.prompt, "max_tokens": 1, "logprobs": 1, "temperature": 0, "ban_eos_token": True, "add_bos_token": body.add_bos_token}
+    made = CompletionRequest.model_validate(asked)
+    job = completion_jobs(app, app.models.backend, made, client)[0]
+    return replace(job, request=replace(job.request, logprobs=body.top_logits))
+
+
+async def _likeliest(came: AsyncIterator[Part]) -> Json:
+    """`tokens`, best first, and `logits` by text: of tokens with one text, the likeliest."""
+    found = [entry async for part in came for entry in part.chunk.logprobs]
+    top = found[0].top if found else ()
+    tokens = [{"id": id, "text": text, "probability": math.exp(logprob)} for id, text, logprob in top]
+    by_text: dict[str, float] = {}
+    for each in tokens:
+        by_text.setdefault(cast(str, each["text"]), cast(float, each["probability"]))
+    return {"logits": by_text, "tokens": tokens}
+
+
+def _add_stop(router: APIRouter, app: App, client: Client) -> None:
+    keys = Keys.build(app.settings)
+
+    @router.post("/v1/internal/stop-generation", tags=["Server"])
+    def stop(request: Request, body: StopRequest | None = None) -> Response:
+        """Stop the replies of one completion, or all of this client, or with the admin key all of everybody. What they said is kept."""
+        body = body or StopRequest.model_validate({})
+        everybody = body.id or keys.administers(headers_by_name(request.scope))
+        stopped = app.stops.stop(body.id, "" if everybody else client(request))
+        return _told(body, {"status": "ok", "stopped": stopped})
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _add_models(router: APIRouter, app: App) -> None:
+    @router.get("/v1/internal/model/info", tags=["Models"])
+    def info() -> Json:
+        """The model in use; its fields are null when there is none."""
+        return info_view(app)
+
+    @router.get("/v1/internal/model/list", tags=["Models"])
+    def names() -> Json:
+        """All models of the model folder."""
+        return {"model_names": app.models.names()}
+
+    @router.post("/v1/internal/model/load", tags=["Models"])
+    async def load(body: LoadRequest) -> Response:
+        """Load a model, and answer when it is done. That goes on when the client goes away meanwhile."""
+        _administer(app)
+        choice = await run_in_threadpool(chosen, app, body.model_name, body.loader, body.args)
+        await run_in_threadpool(app.models.load, choice)
+        return _told(body, {"status": "ok", **await run_in_threadpool(info_view, app)})
+
+    @router.post("/v1/internal/model/unload", tags=["Models"])
+    def unload() -> Json:
+        """Free the model. Replies under way end with an error; a load under way is cancelled."""
+        _administer(app)
+        app.models.unload()
+        return {"status": "ok"}
+
+
+def _administer(app: App) -> None:
+    """Raises AccessDenied. That the admin key was given is seen to by the guard."""
+    if app.settings.multi_user and not app.settings.admin_key:
+        raise AccessDenied("In multi-user mode the model is chosen where the server is started, or with a key of its own: start it with --admin-key.")
+
+
+def info_view(app: App) -> Json:
+    """What is known of the model in use."""
+    status, backend = app.models.status(), app.models.loaded_backend()
+    if backend is None:
+        nothing: Json = {"model_name": None, "lora_names": [], "loader": None, "context_length": None, "capabilities": [], "samplers": []}
+        return {**nothing, "state": status.state}
+    return {
+        "model_name": status.name,
+        "lora_names": [_adapter_name(app, adapter.path) for adapter in adapters_of(backend, app.models.adapters)],
+        "loader": status.loader,
+        "context_length": backend.context_length,
+        "capabilities": sorted(backend.features),
+        "samplers": list(status.samplers),
+        "state": status.state,
+    }
+
+
+def chosen(app: App, name: str, loader: str, args: Json) -> Choice:
+    """What loading `name` with `args` means; these may be options of its loader only. Raises BadRequest and what `ModelSlot.choose` raises."""
+    found = loaders.named(loader) if loader else loaders.detect(app.data.model_path(name))
+    knobs = found.options.knobs()
+    spellings = {spelling.lstrip("-").replace("-", "_"): knob.name for knob in knobs.values() for spelling in (knob.name, *knob.flags)}
+    options = {}
+    for key, value in args.items():
+        option = spellings.get(key.replace("-", "_"))
+        if option is None:
+            raise BadRequest(f"args: {found.name} has no option {key[:60]!r}.{nearest(key, knobs)}", "args")
+        options[option] = value
+    return app.models.choose(name, found.name, options)
+
+
+# --- LoRA adapters ----------------------------------------------------------------------------------------------------------------------
+
+
+def _add_adapters(router: APIRouter, app: App) -> None:
+    one_at_a_time = threading.Lock()
+
+    @router.get("/v1/internal/lora/list", tags=["Models"])
+    def names() -> Json:
+        """All adapters of the LoRA folder."""
+        return {"lora_names": sorted(_adapter_name(app, path) for path in app.data.loras.rglob("*.gguf"))}
+
+    @router.post("/v1/internal/lora/load", tags=["Models"])
+    def load(body: AdaptersRequest) -> Response:
+        """Use these adapters from now on, and no others. When one does not fit, all stays as it was."""
+        _administer(app)
+        scales = body.lora_scales or [1.0] * len(body.lora_names)
+        if len(scales) != len(body.lora_names):
+            raise BadRequest("lora_scales needs one number for each of lora_names.", "lora_scales")
+        if not all(map(math.isfinite, scales)):
+            raise BadRequest("lora_scales must be finite numbers.", "lora_scales")
+        wanted = [Adapter(app.data.file("lora", name), scale) for name, scale in zip(body.lora_names, scales, strict=True)]
+        with one_at_a_time:
+            _use(app, wanted)
+        return _told(body, {"status": "ok", "lora_names": info_view(app)["lora_names"]})
+
+    @router.post("/v1/internal/lora/unload", tags=["Models"])
+    def unload() -> Json:
+        """Use no adapters from now on."""
+        _administer(app)
+        with one_at_a_time:
+            former, app.models.adapters = app.models.adapters, ()
+            backend = app.models.loaded_backend()
+            if backend:
+                _drop(backend, [adapter.path for adapter in former])
+        return {"status": "ok", "lora_names": []}
+
+
+def _use(app: App, wanted: Sequence[Adapter]) -> None:
+    backend = app.models.backend
+    if wanted and "adapters" not in backend.features:
+        raise ModelError(f"{backend.name} cannot use LoRA adapters. Load a model that another loader runs.")
+    before = {path.resolve() for path in cast(Adapting, backend).adapters} if "adapters" in backend.features else set()
+    try:
+        for adapter in wanted:
+            cast(Adapting, backend).load_adapter(adapter.path)
+    except UserError:
+        _drop(backend, [adapter.path for adapter in wanted if adapter.path.resolve() not in before])
+        raise
+    former, app.models.adapters = app.models.adapters, tuple(wanted)
+    kept = {adapter.path.resolve() for adapter in wanted}
+    _drop(backend, [adapter.path for adapter in former if adapter.path.resolve() not in kept])
+
+
+def _drop(backend: Backend, paths: Sequence[Path]) -> None:
+    """Free adapters. One that a reply under way uses stays in memory, without taking part in what comes."""
+    for path in paths if "adapters" in backend.features else ():
+        with suppress(Busy):
+            cast(Adapting, backend).unload_adapter(path)
+
+
+def _adapter_name(app: App, path: Path) -> str:
+    """As in the LoRA folder; one from elsewhere (`--lora`) by the name of its file."""
+    return path.relative_to(app.data.loras).as_posix() if path.is_relative_to(app.data.loras) else path.name
+
+
+# --- ranking ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _add_rerank(router: APIRouter, app: App) -> None:
+    @router.post("/v1/rerank", tags=["OpenAI"])
+    async def rerank(request: Request, body: RerankRequest) -> Response:
+        """Documents by their likeness to a query, in the form of Jina, Cohere and llama.cpp's server.
+
+        It is the similarity of embeddings: the cosine of the loaded model's vectors of query and document, -1 to 1. No reranking model
+        reads the two together.
+        """
+        cancel = CancelToken()
+        try:
+            return _told(body, await while_there(request, run_in_threadpool(_ranked, app, body, cancel)))
+        finally:
+            cancel.cancel()
+
+
+def _ranked(app: App, body: RerankRequest, cancel: CancelToken) -> Json:
+    backend = app.models.backend
+    if "embeddings" not in backend.features:
+        raise BadRequest("The loaded model gives no embeddings, by which documents are ranked here. Load a model for embeddings.", "model")
+    texts = [each if isinstance(each, str) else each.text for each in body.documents]
+    found = cast(Embedding, backend).embed([body.query, *texts], cancel)
+    query, vectors = found.vectors[0] if found.vectors else (), found.vectors[1:]
+    scores = [_cosine(query, vector) for vector in vectors]
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+    results: list[Json] = [{"index": index, "relevance_score": scores[index]} for index in order]
+    if body.return_documents:
+        results = [{**each, "document": {"text": texts[each["index"]]}} for each in results]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    return {"object": "list", "model": app.models.status().name, "results": results, "usage": usage}
+
+
+def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    lengths = math.sqrt(sum(x * x for x in one) * sum(y * y for y in other))
+    return sum(x * y for x, y in zip(one, other, strict=True)) / lengths if lengths else 0.0

@@ -1,0 +1,386 @@
+"""OpenAI's routes: chat completions, completions, embeddings, models; and those that exist without anything behind them."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from modules.api.errors import NotAvailable, openai_error
+from modules.api.requests import Job, chat_job, completion_jobs, copies
+from modules.api.running import Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+from modules.app import App
+from modules.backends.base import Backend, CancelToken, Chunk, Embedding, TokenLogprob
+from modules.errors import NotFound, UserError
+
+Json = dict[str, Any]
+Client = Callable[[Request], str]
+_ABSENT = {
+    "/v1/audio/speech": "speech",
+    "/v1/audio/transcriptions": "transcription",
+    "/v1/audio/translations": "translation of speech",
+    "/v1/images/generations": "image generation",
+    "/v1/images/edits": "image editing",
+    "/v1/images/variations": "image variations",
+    "/v1/moderations": "moderation",
+}
+
+
+def build_router(app: App, client: Client) -> APIRouter:
+    """The routes; `client` says who asks."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", tags=["OpenAI"])
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """A reply to a conversation."""
+        job = await run_in_threadpool(lambda: chat_job(app, app.models.backend, body, client(request)))
+        jobs = copies(job, body.n or 1)
+        answer = ChatAnswer(app, body, jobs)
+        if body.stream:
+            stream = await begun(parts(app, jobs, answer.id))
+            return sse(answer.stream(stream), lambda error: [event(openai_error(error))], ignored_headers(jobs))
+        whole = await while_there(request, answer.whole(parts(app, jobs, answer.id)))
+        return JSONResponse(whole, headers=ignored_headers(jobs))
+
+    @router.post("/v1/completions", tags=["OpenAI"])
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """What follows a text."""
+        firsts = await run_in_threadpool(lambda: completion_jobs(app, app.models.backend, body, client(request)))
+        jobs = [each for job in firsts for each in copies(job, max(body.n or 1, body.best_of or 1))]
+        answer = TextAnswer(app, body, jobs)
+        if body.stream:
+            stream = await begun(parts(app, jobs, answer.id))
+            return sse(answer.stream(stream), lambda error: [event(openai_error(error))], ignored_headers(jobs))
+        whole = await while_there(request, answer.whole(parts(app, jobs, answer.id)))
+        return JSONResponse(whole, headers=ignored_headers(jobs))
+
+    @router.post("/v1/embeddings", tags=["OpenAI"])
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+        """Vectors of texts."""
+        cancel = CancelToken()
+        try:
+            return JSONResponse(await while_there(request, run_in_threadpool(_embedded, app, body, cancel)))
+        finally:
+            cancel.cancel()
+
+    @router.get("/v1/models", tags=["OpenAI"])
+    def models() -> Json:
+        """All models of the model folder, and which of them is loaded."""
+        return {"object": "list", "data": [model_view(app, name) for name in _names(app)]}
+
+    @router.get("/v1/models/{name:path}", tags=["OpenAI"])
+    def model(name: str) -> Json:
+        """One of them."""
+        if name not in _names(app):
+            raise NotFound(f"There is no model {name[:200]!r} here. GET /v1/models lists those there are.")
+        return model_view(app, name)
+
+    for path, what in _ABSENT.items():
+        router.add_api_route(path, _absent(what), methods=["POST"], tags=["OpenAI"], response_model=None)
+    return router
+
+
+def _absent(what: str) -> Callable[[], Response]:
+    def absent() -> Response:
+        raise NotAvailable(f"Nothing here offers {what}.")
+
+    absent.__doc__ = f"Not available: {what}."
+    return absent
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _names(app: App) -> list[str]:
+    names, loaded = app.models.names(), app.models.status().name
+    return names if not loaded or loaded in names else [loaded, *names]
+
+
+def model_view(app: App, name: str) -> Json:
+    """A model as /v1/models tells it; what only a loaded one knows is there for that one."""
+    status = app.models.status()
+    loaded = name == status.name and status.state == "ready"
+    backend = app.models.loaded_backend() if loaded else None
+    view: Json = {"id": name, "object": "model", "created": 0, "owned_by": "local", "loaded": loaded}
+    if backend:
+        view |= {"context_length": backend.context_length, "max_model_len": backend.context_length, "capabilities": sorted(backend.features)}
+    return view
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Counts:
+    """Tokens of all replies of one request. Replies to one prompt count it once."""
+
+    def __init__(self, prompts: Sequence[int]) -> None:
+        self._prompts = prompts  # of each reply, the number of its prompt
+        self._prompt: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self._completion: dict[int, int] = {}
+        self._thought: dict[int, int] = {}
+        self.timings: Json | None = None
+
+    def seen(self, part: Part) -> None:
+        chunk, number = part.chunk, self._prompts[part.index]
+        if chunk.prompt_tokens:
+            self._prompt[number] = max(self._prompt.get(number, 0), chunk.prompt_tokens)
+        self._completion[part.index] = max(self._completion.get(part.index, 0), chunk.completion_tokens)
+        self._thought[part.index] = max(self._thought.get(part.index, 0), part.reasoning_tokens)
+        if chunk.timings:
+            self._cached[number] = max(self._cached.get(number, 0), chunk.timings.reused_tokens)
+            self.timings = timings_view(chunk)
+
+    def view(self) -> Json:
+        prompt, completion = sum(self._prompt.values()), sum(self._completion.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values()), "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(self._thought.values()),
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
+        }
+
+
+def timings_view(chunk: Chunk) -> Json:
+    """Measured in the engine, under the names of llama.cpp's server."""
+    t = chunk.timings
+    assert t
+    predicted = max(0, chunk.completion_tokens - 1)
+    return {
+        "queue_ms": round(t.queue_seconds * 1000, 3),
+        "cache_n": t.reused_tokens,
+        "prompt_n": t.prefill_tokens,
+        "prompt_ms": round(t.prefill_seconds * 1000, 3),
+        "prompt_per_second": t.prefill_tokens / t.prefill_seconds if t.prefill_seconds else None,
+        "predicted_n": chunk.completion_tokens,
+        "predicted_ms": round(t.decode_seconds * 1000, 3),
+        "predicted_per_second": predicted / t.decode_seconds if t.decode_seconds else None,
+        "draft_n": t.draft_tokens,
+        "draft_n_accepted": t.accepted_tokens,
+    }
+
+
+class _Answer:
+    """What the two kinds of completions have in common."""
+
+    prefix, whole_object, chunk_object = "", "", ""
+
+    def __init__(self, app: App, stops: bool, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+        self.jobs = jobs
+        self.usage_in_stream = stops
+        self.counts = _Counts(prompts)
+        self.id = f"{self.prefix}{uuid4().hex}"
+        self.head = {"id": self.id, "created": int(time.time()), "model": app.models.status().name}
+
+    def _whole(self, choices: list[Json]) -> Json:
+        answer = {**self.head, "object": self.whole_object, "system_fingerprint": None, "choices": choices, "usage": self.counts.view()}
+        return answer | ({"timings": self.counts.timings} if self.counts.timings else {})
+
+    def _chunk(self, choices: list[Json], **more: Any) -> bytes:
+        usage: Json = {"usage": None} if self.usage_in_stream else {}
+        return event({**self.head, "object": self.chunk_object, "system_fingerprint": None, "choices": choices, **usage, **more})
+
+    def _end(self) -> list[bytes]:
+        last = [self._chunk([], usage=self.counts.view(), timings=self.counts.timings)] if self.usage_in_stream else []
+        return [*last, event("[DONE]")]
+
+
+class ChatAnswer(_Answer):
+    """The answer to a chat request, whole or in chunks."""
+
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, app: App, body: ChatRequest, jobs: Sequence[Job]) -> None:
+        super().__init__(app, body.usage_in_stream, jobs, [0] * len(jobs))
+        self.top = (body.top_logprobs or 0) if body.logprobs else None
+
+    async def stream(self, came: AsyncIterator[Part]) -> AsyncIterator[bytes]:
+        """The chunks of a stream."""
+        for index in range(len(self.jobs)):
+            yield self._choice(index, {"role": "assistant", "refusal": None, "content": ""})
+        async for part in came:
+            self.counts.seen(part)
+            if part.reasoning:
+                yield self._choice(part.index, {"reasoning_content": part.reasoning})
+            logprobs = self._logprobs(part)
+            if part.text or logprobs:
+                yield self._choice(part.index, {"content": part.text}, logprobs)
+            for call in part.calls:
+                yield self._choice(part.index, {"tool_calls": [{"index": call.index, **_call_view(call)}]})
+            if part.finish_reason:
+                more = {"timings": self.counts.timings} if self.counts.timings and not self.usage_in_stream else {}
+                yield self._choice(part.index, {}, finish=_reason(part.finish_reason), **more)
+        for each in self._end():
+            yield each
+
+    async def whole(self, came: AsyncIterator[Part]) -> Json:
+        """The whole answer."""
+        texts: list[list[Part]] = [[] for _ in self.jobs]
+        async for part in came:
+            self.counts.seen(part)
+            texts[part.index].append(part)
+        return self._whole([self._message(index, some) for index, some in enumerate(texts)])
+
+    def _message(self, index: int, some: list[Part]) -> Json:
+        text, reasoning = "".join(part.text for part in some), "".join(part.reasoning for part in some)
+        calls = [_call_view(call) for part in some for call in part.calls]
+        message: Json = {"role": "assistant", "refusal": None, "content": text if text or not calls else None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        content = [entry for part in some for entry in (self._logprobs(part) or {"content": []})["content"]]
+        logprobs = None if self.top is None else {"content": content, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(some[-1].finish_reason if some else None)}
+
+    def _choice(self, index: int, delta: Json, logprobs: Json | None = None, finish: str | None = None, **more: Any) -> bytes:
+        return self._chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}], **more)
+
+    def _logprobs(self, part: Part) -> Json | None:
+        if self.top is None or not part.chunk.logprobs:
+            return None
+        return {"content": [logprob_view(each, self.top) for each in part.chunk.logprobs], "refusal": None}
+
+
+def _call_view(call: Any) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(reason: str | None) -> str:
+    return reason if reason in ("length", "tool_calls") else "stop"
+
+
+# --- completions ------------------------------------------------------------------------------------------------------------------------
+
+
+class TextAnswer(_Answer):
+    """The answer to a completion request, whole or in chunks. Choice p * n + i is reply i to prompt p."""
+
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, app: App, body: CompletionRequest, jobs: Sequence[Job]) -> None:
+        self.n, self.each = body.n or 1, max(body.n or 1, body.best_of or 1)
+        super().__init__(app, body.usage_in_stream, jobs, [index // self.each for index in range(len(jobs))])
+        self.body = body
+        self.backend = app.models.backend
+        self._offset = [0] * len(jobs)
+
+    async def stream(self, came: AsyncIterator[Part]) -> AsyncIterator[bytes]:
+        """The chunks of a stream."""
+        echoed = [not self.body.echo] * len(self.jobs)
+        async for part in came:
+            self.counts.seen(part)
+            if not echoed[part.index] and (part.text or part.finish_reason):
+                echoed[part.index] = True
+                yield self._choice(part.index, self.jobs[part.index].prompt, None)
+            logprobs = self._logprobs(part.index, part.chunk.prompt_logprobs, self._kept(part))
+            if self._kept_text(part) or logprobs:
+                yield self._choice(part.index, self._kept_text(part), logprobs)
+            if part.finish_reason:
+                more = {"timings": self.counts.timings} if self.counts.timings and not self.usage_in_stream else {}
+                yield self._choice(part.index, "", None, self._finish(part), **more)
+        for each in self._end():
+            yield each
+
+    async def whole(self, came: AsyncIterator[Part]) -> Json:
+        """The whole answer; of `best_of` replies the likeliest."""
+        said: list[list[Part]] = [[] for _ in self.jobs]
+        async for part in came:
+            self.counts.seen(part)
+            said[part.index].append(part)
+        kept = []
+        for first in range(0, len(self.jobs), self.each):
+            order: Sequence[int] = range(first, first + self.each)
+            if self.each > self.n:
+                order = sorted(order, key=lambda index: -_likelihood(said[index]))
+            kept += list(order)[: self.n]
+        return self._whole([self._choice_of(place, index, said[index]) for place, index in enumerate(kept)])
+
+    def _choice_of(self, place: int, index: int, some: list[Part]) -> Json:
+        text = "".join(self._kept_text(part) for part in some)
+        text = self.jobs[index].prompt + text if self.body.echo else text
+        prompt = [each for part in some for each in part.chunk.prompt_logprobs]
+        logprobs = self._logprobs(index, prompt, [each for part in some for each in self._kept(part)])
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": self._finish(some[-1]) if some else "stop"}
+
+    def _kept(self, part: Part) -> Sequence[TokenLogprob]:
+        return () if self.body.max_tokens == 0 else part.chunk.logprobs
+
+    def _kept_text(self, part: Part) -> str:
+        return "" if self.body.max_tokens == 0 else part.text
+
+    def _finish(self, part: Part) -> str:
+        return "length" if self.body.max_tokens == 0 else _reason(part.finish_reason)
+
+    def _choice(self, index: int, text: str, logprobs: Json | None, finish: str | None = None, **more: Any) -> bytes:
+        return self._chunk([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}], **more)
+
+    def _logprobs(self, index: int, prompt: Sequence[TokenLogprob], chosen: Sequence[TokenLogprob]) -> Json | None:
+        if self.body.logprobs is None or not (prompt or chosen):
+            return None
+        view: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+        def add(text: str, logprob: float | None, top: Json | None) -> None:
+            for name, value in (("tokens", text), ("token_logprobs", logprob), ("top_logprobs", top), ("text_offset", self._offset[index])):
+                view[name].append(value)
+            self._offset[index] += len(text)
+
+        if prompt and not self._offset[index]:  # nothing stands before the first token, so it has no probability
+            tokens = cast(tuple[int, ...], self.jobs[index].request.prompt)
+            add(self.backend.decode(tokens[:1]), None, None)
+        for each in (*prompt, *chosen):
+            top = {text: max(value, -9999.0) for _, text, value in each.top[: self.body.logprobs]}
+            add(each.text, max(each.logprob, -9999.0), top)
+        return view
+
+
+def _likelihood(some: Sequence[Part]) -> float:
+    """Mean log-probability of a reply's tokens."""
+    found = [each.logprob for part in some for each in part.chunk.logprobs]
+    return sum(found) / len(found) if found else float("-inf")
+
+
+# --- embeddings -------------------------------------------------------------------------------------------------------------------------
+
+
+def _embedded(app: App, body: EmbeddingRequest, cancel: CancelToken) -> Json:
+    backend: Backend = app.models.backend
+    if "embeddings" not in backend.features:
+        raise UserError("The loaded model gives no embeddings. Load one that does.")
+    given = body.input
+    texts = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+    read: list[str | tuple[int, ...]] = [each if isinstance(each, str) else tuple(cast(list[int], each)) for each in texts]
+    found = cast(Embedding, backend).embed(read, cancel)
+    if body.dimensions and any(body.dimensions > len(vector) for vector in found.vectors):
+        raise UserError(f"The model's vectors have {len(found.vectors[0])} numbers. Ask for at most so many dimensions.")
+    data = [{"object": "embedding", "index": place, "embedding": _vector(vector, body)} for place, vector in enumerate(found.vectors)]
+    usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    return {"object": "list", "data": data, "model": app.models.status().name, "usage": usage}
+
+
+def _vector(vector: Sequence[float], body: EmbeddingRequest) -> list[float] | str:
+    if body.dimensions:  # cut and made of length 1 again, as models of this kind are trained for
+        cut = vector[: body.dimensions]
+        length = sum(each * each for each in cut) ** 0.5 or 1.0
+        vector = [each / length for each in cut]
+    return list(vector) if body.encoding_format == "float" else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def gathered(came: AsyncIterator[Part]) -> list[Part]:
+    """All parts."""
+    return [part async for part in came]

@@ -1,0 +1,241 @@
+"""Replies for the event loop: each is written on a thread of its own, and what it says comes here piece by piece.
+
+A client that goes away takes its replies with it: closing the iterator cancels them, and their places in the engine are free within one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from modules import tool_calls
+from modules.api.requests import Job
+from modules.app import App
+from modules.backends.base import Chunk, TokenLogprob
+from modules.errors import UserError
+from modules.log import logger
+from modules.text_generation import generate_reply, raw_reply, split_reply
+from modules.tool_calls import ToolCall, ToolStream
+
+SILENCE = 15.0
+"""Seconds after which a stream that has nothing to say sends a comment, so that nobody in between takes it for dead."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of reply `index`. With `finish_reason` it is its last one."""
+
+    index: int
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    chunk: Chunk = field(default_factory=Chunk)
+    finish_reason: str | None = None
+    """stop, length, tool_calls or cancelled."""
+    stop: str = ""
+    """The stop string that ended it."""
+    reasoning_tokens: int = 0
+
+
+@dataclass
+class Counts:
+    """Tokens of one reply, as its parts tell them."""
+
+    prompt: int = 0
+    cached: int = 0
+    """Of the prompt's, those that were not computed again."""
+    completion: int = 0
+    thought: int = 0
+
+    def seen(self, part: Part) -> None:
+        """Take in the next part."""
+        chunk = part.chunk
+        self.prompt = max(self.prompt, chunk.prompt_tokens)
+        self.completion = max(self.completion, chunk.completion_tokens)
+        self.thought = max(self.thought, part.reasoning_tokens)
+        if chunk.timings:
+            self.cached = min(self.prompt, chunk.timings.reused_tokens)
+
+
+class Gone(Exception):
+    """The client is not there any more."""
+
+
+async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterator[Part]:
+    """What the replies say, as it comes, until all have ended. Raises what a reply raises; the others are cancelled then.
+
+    Meanwhile `app.stops` can stop them: by `answer`, the id that the client is told, or by who asked.
+    """
+    loop = asyncio.get_running_loop()
+    came: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+
+    def put(what: Part | BaseException | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(came.put_nowait, what)
+
+    def write(index: int, job: Job) -> None:
+        try:
+            for part in _written(app, index, job):
+                put(part)
+            put(None)
+        except BaseException as error:  # noqa: BLE001  a thread's top: whoever waits must hear of it
+            put(error)
+
+    for index, job in enumerate(jobs):
+        threading.Thread(target=write, args=(index, job), name="api-reply", daemon=True).start()
+    left = len(jobs)
+    try:
+        with app.stops.kept(answer, jobs[0].request.client if jobs else "", [job.request.cancel for job in jobs]):
+            while left:
+                what = await came.get()
+                if isinstance(what, BaseException):
+                    raise what
+                if what is None:
+                    left -= 1
+                else:
+                    yield what
+    finally:
+        for job in jobs:
+            job.request.cancel.cancel()
+
+
+def _written(app: App, index: int, job: Job) -> Iterator[Part]:
+    """The parts of one reply, on its thread."""
+    chunks = generate_reply(app, job.request)
+    pieces = raw_reply(chunks, job.request) if job.raw else split_reply(chunks, job.request, job.prompt, names=job.names)
+    tools = ToolStream(job.tools, job.template) if job.tools and not job.forced else None
+    text, called = [], False
+    for piece in pieces:
+        deltas = tools.feed(piece.text) if tools and piece.text else []
+        if tools and piece.chunk.finish_reason:
+            deltas += tools.finish()
+        if job.one_call:
+            deltas = [] if called else deltas[: next((place for place, delta in enumerate(deltas, 1) if delta.call), len(deltas))]
+        calls = tuple(delta.call for delta in deltas if delta.call)
+        said = "".join(delta.text for delta in deltas) if tools else piece.text
+        if job.forced:
+            text.append(said)
+            said = ""
+            if piece.chunk.finish_reason:
+                calls = tuple(tool_calls.parse_forced("".join(text), job.tools))
+                said = "" if calls else "".join(text)  # it was cut off: what there is, is shown
+        called = called or bool(calls)
+        if called and job.one_call:
+            job.request.cancel.cancel()
+        reason = piece.chunk.finish_reason
+        ended = "tool_calls" if called and (reason == "stop" or (reason and job.one_call)) else reason
+        if said or piece.reasoning or calls or ended or piece.chunk.logprobs or piece.chunk.prompt_logprobs or piece.chunk.queue_position is not None:
+            yield Part(index, said, piece.reasoning, calls, piece.chunk, ended, piece.stop, piece.reasoning_tokens)
+
+
+async def begun(stream: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    """`stream`, of which the first part is there: what is wrong from the start is raised here, while the answer can still have that status."""
+    try:
+        first = await anext(stream)
+    except StopAsyncIteration:
+        return stream
+
+    async def whole() -> AsyncIterator[Part]:
+        try:
+            yield first
+            async for part in stream:
+                yield part
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    return whole()
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, and Gone raised, when the client goes away meanwhile."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def event(data: Any, name: str = "") -> bytes:
+    """A server-sent event."""
+    body = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + body.encode("utf-8", "replace") + b"\n\n"
+
+
+def sse(events: AsyncIterator[bytes], failed: Callable[[UserError], Iterable[bytes]], headers: dict[str, str]) -> StreamingResponse:
+    """A stream of events. An error on the way is told by `failed`, and ends it; silence is broken by comments."""
+    fixed = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_kept_alive(_told(events, failed)), media_type="text/event-stream", headers={**fixed, **headers})
+
+
+async def _told(events: AsyncIterator[bytes], failed: Callable[[UserError], Iterable[bytes]]) -> AsyncIterator[bytes]:
+    try:
+        async for each in events:
+            yield each
+    except UserError as error:
+        for each in failed(error):
+            yield each
+    except Exception as error:  # noqa: BLE001  the status is sent: this is the only place left to say it
+        logger.exception("A streamed reply failed")
+        for each in failed(UserError(f"The server made a mistake ({type(error).__name__}). Its terminal has the details.")):
+            yield each
+
+
+async def _kept_alive(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    following = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=SILENCE)
+            if not done:
+                yield b": keep-alive\n\n"
+                continue
+            found = following.result()
+            if found is None:
+                return
+            yield found
+            following = asyncio.ensure_future(anext(events, None))
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await events.aclose()  # type: ignore[attr-defined]
+
+
+def ignored_headers(jobs: Sequence[Job]) -> dict[str, str]:
+    """What is not followed, in a header."""
+    return told_headers(jobs[0].ignored if jobs else ())
+
+
+def told_headers(ignored: Sequence[str]) -> dict[str, str]:
+    """Words for what is not followed, in a header."""
+    words = "; ".join(ignored)[:1000]
+    return {"X-Ignored": words.encode("ascii", "backslashreplace").decode()} if words else {}
+
+
+def logprob_view(chosen: TokenLogprob, top: int) -> dict[str, Any]:
+    """A token with its `top` likeliest alternatives, as OpenAI's chats tell it."""
+    text, logprob, raw = logprob_of(chosen)
+    others = [{"token": t, "logprob": max(p, -9999.0), "bytes": list(t.encode("utf-8", "replace"))} for _, t, p in chosen.top[:top]]
+    return {"token": text, "logprob": logprob, "bytes": raw, "top_logprobs": others}
+
+
+def logprob_of(chosen: TokenLogprob) -> tuple[str, float, list[int]]:
+    """Text, log-probability and UTF-8 bytes of a token."""
+    return chosen.text, max(chosen.logprob, -9999.0), list(chosen.text.encode("utf-8", "replace"))

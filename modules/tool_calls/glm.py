@@ -1,0 +1,31 @@
+"""GLM: `<tool_call>NAME`, pairs `<arg_key>k</arg_key><arg_value>v</arg_value>`, `</tool_call>`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules.tool_calls.json_text import loose
+from modules.tool_calls.reader import Format, Reader, Steps
+
+_START, _END = "<tool_call>", "</tool_call>"
+
+
+def _parse(reader: Reader) -> Steps[None]:
+    yield from reader.literal(_START)
+    yield from reader.space()
+    name = yield from reader.name()
+    found: dict[str, Any] = {}
+    while True:
+        yield from reader.space()
+        if found and not (yield from reader.ahead()):
+            break  # only the end marker, which ends the reply, is missing
+        if (yield from reader.literal("<arg_key>", _END)) == _END:
+            break
+        key = yield from reader.header("</arg_key>")
+        yield from reader.space()
+        yield from reader.literal("<arg_value>")
+        found[key] = loose((yield from reader.until("</arg_value>")))
+    reader.call(name, found)
+
+
+FORMAT = Format("glm", _parse, hints=("<arg_key>",), starts=(_START,))
