@@ -15,9 +15,13 @@ UserError                  anything whose message may be shown as it is, in the 
 ├── PromptError            a prompt or message that cannot be used
 │   ├── PromptTooLong      does not fit the context even alone
 │   └── TemplateError      a chat template that is wrong, hostile or too slow
+├── BadRequest             a field of an API request that cannot be followed (api/errors.py)
+│   └── PreviousResponseNotFound  previous_response_id leads nowhere (api/responses.py)
+├── NotAvailable           a route of the API with nothing behind it (api/errors.py)
 ├── StaleRevision          the page's parameters are not the ones the server has (ui/routes.py)
 └── AccessDenied           not the owner, or asked by a foreign page
-    └── NotLoggedIn        no valid login (auth.py)
+    ├── NotLoggedIn        no valid login (auth.py)
+    └── WrongKey           no API key, or a wrong one (api/errors.py)
 
 Raise a leaf with the fix in the message; catch at the borders only (page routes, API, command line, thread tops).
 `status` is the HTTP status a border answers with.

@@ -105,12 +105,12 @@ def test_a_wrong_flag_is_an_error_with_the_fix(words, message):
 
 
 def test_flags_kept_from_the_earlier_system_warn():
-    found = flags("--api", "--extensions", "x")
+    found = flags("--public-api", "--extensions", "x")
     assert found.warnings == (
-        "--api is not in this version yet and has no effect.",
+        "--public-api is not in this version yet and has no effect.",
         "--extensions is not in this version yet and has no effect.",
     )
-    assert load((), (), [Text("s", "api: true")], GROUPS).warnings == found.warnings[:1]
+    assert load((), (), [Text("s", "public_api: true")], GROUPS).warnings == found.warnings[:1]
     assert flags("--verbose").warnings == ()
 
 
