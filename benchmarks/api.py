@@ -50,13 +50,12 @@ def built(folder: Path, model: Path, streams: int) -> app.App:
 
 def serve(folder: str, model: str, streams: int, ready: Any, stop: Any) -> None:
     """The body of the server's process: first the engine's aggregate without the API, then the API. `ready` gets both."""
-    import socket
-
     from modules.api.server import ApiServer, build_api
     from modules.guard import Hosts
+    from modules.listening import claim
 
     made = built(Path(folder), Path(model), streams)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = claim("127.0.0.1", 0)
     server = ApiServer(build_api(made, lambda: Hosts.build(False)), listener)
     server.start()
     ready.put(listener.getsockname()[1])
@@ -90,18 +89,20 @@ def prompt(number: int) -> str:
 def client(url: str, number: int, tokens: int, came: Any) -> None:
     """One stream; puts (seconds to the first token, seconds from first to last, timings of the engine)."""
     body = {"prompt": prompt(number), "max_tokens": tokens, "seed": number, "stream": True, **SAMPLING}
-    began = time.perf_counter()
     first = last = 0.0
     timings: dict[str, Any] = {}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            data = json.loads(line[6:])
-            timings = data.get("timings") or timings
-            if data["choices"] and data["choices"][0]["text"]:
-                last = time.perf_counter()
-                first = first or last
+    with httpx.Client(timeout=300) as session:
+        session.get(f"{url}/health")  # a client of long standing is connected
+        began = time.perf_counter()
+        with session.stream("POST", f"{url}/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                data = json.loads(line[6:])
+                timings = data.get("timings") or timings
+                if data["choices"] and data["choices"][0]["text"]:
+                    last = time.perf_counter()
+                    first = first or last
     came.append((first - began, last - first, timings))
 
 

@@ -83,11 +83,10 @@ def fault(url: str, wanted: Json, seed: int) -> str:
 
 def main() -> None:
     """Ask and print."""
-    import socket
-
     from benchmarks.api import built
     from modules.api.server import ApiServer, build_api
     from modules.guard import Hosts
+    from modules.listening import claim
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -96,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made = built(Path(folder), Path(arguments.model), 4)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = claim("127.0.0.1", 0)
         server = ApiServer(build_api(made, lambda: Hosts.build(False)), listener)
         server.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
