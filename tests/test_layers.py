@@ -77,6 +77,7 @@ ORDER = [
     "modules.backends.llama_cpp.chain",
     "modules.backends.llama_cpp.vision",
     "modules.backends.llama_cpp.model",
+    "modules.backends.llama_cpp.json_schema",
     "modules.backends.llama_cpp.speculation",
     "modules.backends.llama_cpp.jobs",
     "modules.backends.llama_cpp.engine",
@@ -133,7 +134,7 @@ ORDER = [
     "server",
 ]
 
-ENGINE_PROCESS = ("chain", "vision", "model", "speculation", "jobs", "engine")
+ENGINE_PROCESS = ("json_schema", "chain", "vision", "model", "speculation", "jobs", "engine")
 """Of modules.backends.llama_cpp: what runs in the engine's own process, where a native crash is not the server's."""
 
 ONLY_UNDER = {

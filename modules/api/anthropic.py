@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from modules.api.errors import BadRequest, anthropic_error
+from modules.api.limits import StrictRoute
 from modules.api.requests import Job, chat_job, prompt_length
-from modules.api.running import Counts, Part, begun, event, ignored_headers, parts, sse, while_there
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, parts, sse, while_there
 from modules.api.schemas import AnthropicChoice, AnthropicCountRequest, AnthropicMessage, AnthropicRequest, ChatRequest, as_chat
 from modules.app import App
 from modules.tool_calls import ToolCall
@@ -27,9 +28,9 @@ _TOOL_KEYS = frozenset({"type", "name", "description", "input_schema", "cache_co
 
 def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
     """The routes; `client` says who asks."""
-    router = APIRouter()
+    router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/messages", tags=["Anthropic"])
+    @router.post("/v1/messages", tags=["Anthropic"], responses=STREAMS)
     async def messages(request: Request, body: AnthropicRequest) -> Response:
         """A reply to a conversation."""
         job = await run_in_threadpool(message_job, app, body, client(request))

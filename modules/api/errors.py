@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from http import HTTPStatus
 from typing import Any
 
 from modules.errors import AccessDenied, Busy, NoModel, NotFound, PromptTooLong, UserError
@@ -67,6 +69,47 @@ def anthropic_body(status: int, message: str, kind: str | None = None) -> Json:
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
     kind = kind or kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+# --- the OpenAPI document ---------------------------------------------------------------------------------------------------------------
+
+_TEXT, _MAYBE = {"type": "string"}, {"type": ["string", "null"]}
+
+
+def _schema(**properties: Any) -> Json:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_SCHEMAS = {
+    "Error": _schema(error=_schema(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE)),
+    "AnthropicError": _schema(type={"const": "error"}, error=_schema(type=_TEXT, message=_TEXT)),
+}
+
+
+def documented(document: Json, without_key: Collection[str]) -> Json:
+    """The document with the errors of each route, in the form of its API, instead of the 422 that FastAPI tells of and nothing here answers.
+
+    `without_key`: the paths that need none.
+    """
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas |= _SCHEMAS
+    for path, routes in document["paths"].items():
+        schema = {"$ref": f"#/components/schemas/{'AnthropicError' if path.startswith('/v1/messages') else 'Error'}"}
+        for method, route in routes.items():
+            route["responses"].pop("422", None)
+            for status in _statuses(path in without_key, method, route):
+                route["responses"][str(status)] = {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+    return document
+
+
+def _statuses(without_key: bool, method: str, route: Json) -> list[int]:
+    if "501" in route["responses"]:
+        return [401, 403, 500, 501]
+    found = [403, 500] if without_key else [401, 403, 500]
+    found += [400, 404, 503] if method != "get" or "parameters" in route else []
+    return found + ([413] if "requestBody" in route else [])
 
 
 def _snake(name: str) -> str:

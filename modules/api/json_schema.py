@@ -39,7 +39,7 @@ def _checked_part(part: dict[str, Any], place: str, root: Any, where: str) -> li
         raise BadRequest(f"{where}: {here} cannot be enforced. Leave it out, or say it in the prompt.", where)
     kinds = part.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES:
             raise BadRequest(f"{where}: {kind!r} at {place or '/'} is no type of JSON.", where)
     if kinds == "number" and part.keys() & {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}:
         raise BadRequest(f"{where}: bounds of a number at {place or '/'} cannot be enforced, only those of an integer. Leave them out.", where)

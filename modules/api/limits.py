@@ -1,10 +1,17 @@
-"""How long the body of a request may be, for the API and for the page."""
+"""What the body of a request may be: how long, for the API and for the page; and which JSON, for the API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
+from fastapi import HTTPException as RouteHTTPException
+from fastapi import Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from modules.guard import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,3 +35,36 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted if scope["type"] == "http" else receive, send)
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON is what every other program takes for JSON too: what it says can be answered, kept and shown again."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own, of a request that is read strictly."""
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        """The body. Not a number, infinity, and half of a character are refused: Python takes them, and can then not write them."""
+        body = await self.body()
+        found = json.loads(body, parse_constant=_no_number)
+        if _HALF.search(body):  # as emojis have it too: only writing it out tells
+            try:
+                json.dumps(found, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise RouteHTTPException(400, "it has half of a character, \\ud800 to \\udfff without its other half") from None
+        return found
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise RouteHTTPException(400, f"{name} is no JSON")

@@ -15,12 +15,13 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
 from modules import loaders
 from modules.api.errors import BadRequest
 from modules.api.keys import Keys
+from modules.api.limits import StrictRoute
 from modules.api.requests import Job, chat_job, completion_jobs, prompt_length
 from modules.api.running import Part, parts, told_headers, while_there
 from modules.api.schemas import (
@@ -49,7 +50,7 @@ Client = Callable[[Request], str]
 
 def build_router(app: App, client: Client) -> APIRouter:
     """The routes; `client` says who asks."""
-    router = APIRouter()
+    router = APIRouter(route_class=StrictRoute)
     _add_health(router, app)
     _add_tokens(router, app)
     _add_prompts(router, app, client)
@@ -73,7 +74,9 @@ def _add_health(router: APIRouter, app: App) -> None:
     for path in ("/health", "/v1/health", "/v1/internal/health"):
         router.add_api_route(path, health, methods=["GET"], tags=["Server"])
 
-    @router.get("/metrics", tags=["Server"])
+    formats: Any = {200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}}
+
+    @router.get("/metrics", tags=["Server"], response_class=PlainTextResponse, responses=formats)
     def metrics(request: Request) -> Response:
         """For a Prometheus."""
         body, content_type = app.metrics.render(request.headers.get("accept", ""))

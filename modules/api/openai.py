@@ -15,8 +15,9 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from modules.api.errors import NotAvailable, openai_error
+from modules.api.limits import StrictRoute
 from modules.api.requests import Job, chat_job, completion_jobs, copies
-from modules.api.running import Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.running import STREAMS, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
 from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from modules.app import App
 from modules.backends.base import Backend, CancelToken, Chunk, Embedding, TokenLogprob
@@ -37,9 +38,9 @@ _ABSENT = {
 
 def build_router(app: App, client: Client) -> APIRouter:
     """The routes; `client` says who asks."""
-    router = APIRouter()
+    router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/chat/completions", tags=["OpenAI"])
+    @router.post("/v1/chat/completions", tags=["OpenAI"], responses=STREAMS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """A reply to a conversation."""
         job = await run_in_threadpool(lambda: chat_job(app, app.models.backend, body, client(request)))
@@ -51,7 +52,7 @@ def build_router(app: App, client: Client) -> APIRouter:
         whole = await while_there(request, answer.whole(parts(app, jobs, answer.id)))
         return JSONResponse(whole, headers=ignored_headers(jobs))
 
-    @router.post("/v1/completions", tags=["OpenAI"])
+    @router.post("/v1/completions", tags=["OpenAI"], responses=STREAMS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """What follows a text."""
         firsts = await run_in_threadpool(lambda: completion_jobs(app, app.models.backend, body, client(request)))
@@ -85,7 +86,7 @@ def build_router(app: App, client: Client) -> APIRouter:
         return model_view(app, name)
 
     for path, what in _ABSENT.items():
-        router.add_api_route(path, _absent(what), methods=["POST"], tags=["OpenAI"], response_model=None)
+        router.add_api_route(path, _absent(what), methods=["POST"], tags=["OpenAI"], response_model=None, status_code=501)
     return router
 
 

@@ -383,8 +383,9 @@ def _tools_of(body: ChatRequest) -> tuple[dict[str, Json], bool, Json | None]:
         return tools, False, None
     if choice == "none":
         return {}, False, None
-    named = choice.get("function", choice).get("name") if isinstance(choice, dict) else None
-    if choice != "required" and (not named or named not in tools):
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    named = function.get("name") if isinstance(function, dict) else None
+    if choice != "required" and (not isinstance(named, str) or named not in tools):
         raise BadRequest("tool_choice must be auto, none, required, or name one of the tools.", "tool_choice")
     if not tools:
         raise BadRequest("tool_choice requires a tool and there are none.", "tool_choice")

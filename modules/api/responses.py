@@ -15,8 +15,9 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from modules.api.errors import BadRequest
+from modules.api.limits import StrictRoute
 from modules.api.requests import Job, chat_job, prompt_length
-from modules.api.running import Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
 from modules.api.schemas import ChatRequest, ResponsesRequest, as_chat
 from modules.app import App
 from modules.errors import NotFound, UserError
@@ -35,9 +36,9 @@ class PreviousResponseNotFound(BadRequest):
 
 def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
     """The routes; `client` says who asks."""
-    router = APIRouter()
+    router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/responses", tags=["OpenAI"])
+    @router.post("/v1/responses", tags=["OpenAI"], responses=STREAMS)
     async def create(request: Request, body: ResponsesRequest) -> Response:
         """A reply to a conversation."""
         asked = await run_in_threadpool(_asked, app, body, client(request))
@@ -208,7 +209,7 @@ def _item(item: Mapping[str, Any], where: str) -> Json:
     """An item of the input as it is kept and shown: with an id, and its content as parts."""
     kind = item.get("type") or ("message" if "role" in item else None)
     makers = {"message": _message, "function_call": _function_call, "function_call_output": _function_result, "reasoning": _reasoning}
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         what = f"{where}: items of type {str(kind)[:40]!r} cannot be read here"
         raise BadRequest(f"{what}. Send message, function_call, function_call_output and reasoning.", "input")
     prefix, made = makers[kind](item, where)

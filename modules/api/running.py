@@ -27,6 +27,8 @@ from modules.tool_calls import ToolCall, ToolStream
 
 SILENCE = 15.0
 """Seconds after which a stream that has nothing to say sends a comment, so that nobody in between takes it for dead."""
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""For the OpenAPI document: that a route answers with a stream where it is asked for one."""
 T = TypeVar("T")
 
 
@@ -225,8 +227,8 @@ def ignored_headers(jobs: Sequence[Job]) -> dict[str, str]:
 
 def told_headers(ignored: Sequence[str]) -> dict[str, str]:
     """Words for what is not followed, in a header."""
-    words = "; ".join(ignored)[:1000]
-    return {"X-Ignored": words.encode("ascii", "backslashreplace").decode()} if words else {}
+    words = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in "; ".join(ignored)[:1000]).strip()
+    return {"X-Ignored": words} if words else {}
 
 
 def logprob_view(chosen: TokenLogprob, top: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.responses import Response
 
 from modules.api import anthropic, management, openai, responses
-from modules.api.errors import anthropic_body, anthropic_error, headers_of, openai_body, openai_error, status_of
-from modules.api.keys import ApiGuard, Keys, check_settings
+from modules.api.errors import anthropic_body, anthropic_error, documented, headers_of, openai_body, openai_error, status_of
+from modules.api.keys import OPEN, ApiGuard, Keys, check_settings
 from modules.api.limits import BodyLimit
 from modules.api.running import Gone
 from modules.app import App
@@ -50,6 +50,8 @@ def build_api(app: App, hosts: Callable[[], Hosts]) -> ASGIApp:
     api.include_router(anthropic.build_router(app, _client))
     api.include_router(management.build_router(app, _client))
     _add_errors(api)
+    describe = api.openapi
+    api.openapi = lambda: api.openapi_schema or documented(describe(), OPEN)  # type: ignore[method-assign]
     return ApiGuard(BodyLimit(api, lambda _: MAX_BODY_BYTES), Keys.build(settings), hosts, settings.cors_origin)
 
 

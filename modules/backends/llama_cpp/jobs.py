@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modules.backends.llama_cpp.chain import Chain
+from modules.backends.llama_cpp.json_schema import grammar_of
 from modules.backends.llama_cpp.model import Model
 from modules.backends.llama_cpp.protocol import Frame, unpack_images, unpack_tokens
 from modules.backends.llama_cpp.scheduler import LOW, NORMAL, Job
@@ -86,14 +87,12 @@ def _with_schema(plan: Sequence[Sequence[Any]], schema: str) -> list[tuple[str, 
         raise SettingsError("A grammar and a JSON schema cannot both be followed. Leave one out.")
     if len(schema) > MAX_SCHEMA:
         raise SettingsError(f"The JSON schema has {len(schema)} characters; at most {MAX_SCHEMA} are read. Make it smaller.")
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
     try:
         parsed = json.loads(schema)
         _check_counts(parsed)
         if isinstance(parsed, dict) and "$ref" in parsed:  # at the root the converter overlooks what stands beside it
             parsed["anyOf"] = [{"$ref": parsed.pop("$ref")}]
-        grammar = json_schema_to_gbnf(json.dumps(parsed))
+        grammar = grammar_of(parsed)
     except SettingsError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a converter of others makes of a hostile schema
