@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 import tempfile
 import time
@@ -34,36 +35,58 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
-from modules.errors import PromptError  # noqa: E402
-from tests.api.conftest import served  # noqa: E402
-from tests.fakes import WAIT, FakeBackend  # noqa: E402
+from modules import app, settings  # noqa: E402
+from modules.api.server import ApiServer, build_api  # noqa: E402
+from modules.guard import Hosts  # noqa: E402
+from modules.paths import UserData  # noqa: E402
+from modules.replies import TextPresenter  # noqa: E402
+from modules.store import Store  # noqa: E402
 
+WAIT = 20.0
+MODEL = "model.echo"
+SAYS = '<think>hm</think> Hello <tool_call>{"name": "a", "arguments": {}}</tool_call> to you.'
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 HONEST = {501, 503}
 """Server errors that are answers: not offered, and no model."""
 MODES = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
-UNLOADS = "/v1/internal/model/unload"
+CHANGES = ("/v1/internal/model/load", "/v1/internal/model/unload")
+"""After these the model is loaded again."""
 
 
-class Scripted(FakeBackend):
-    """Refuses tokens that it does not have, as the engine does."""
+@dataclass(frozen=True)
+class Served:
+    """The API on a port, with a model that says always the same."""
 
-    def __init__(self) -> None:
-        super().__init__(script=("<think>hm</think>", "Hello", ' {"a": 1}'), features=frozenset({"grammar", "parallel", "logprobs"}))
+    app: app.App
+    url: str
 
-    def decode(self, tokens: Any) -> str:
-        """Text of code points."""
-        try:
-            return "".join(map(chr, tokens))
-        except (ValueError, OverflowError):
-            raise PromptError("There is no such token in this model.") from None
+    def load(self) -> None:
+        """Load that model. It claims to have grammars too, so that what needs them is asked for."""
+        models = self.app.models
+        models.load(models.choose(MODEL, "echo", {"word_delay": 0.0}))
+        backend: Any = models.backend
+        backend.features |= {"grammar"}
 
 
 @contextmanager
-def scripted() -> Iterator[Any]:
-    """The API with that engine, and its schema as Schemathesis reads it."""
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder), make=Scripted) as api:
-        yield api, schemathesis.openapi.from_url(f"{api.url}/openapi.json", config=schemathesis.Config())
+def scripted() -> Iterator[tuple[Served, Any]]:
+    """The API, and its schema as Schemathesis reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = UserData(Path(folder))
+        data.create()
+        (data.models / MODEL).write_text(SAYS, "utf-8")
+        configured = settings.load(("--api",), (), (), app.option_groups())
+        built = app.build(configured, data, Store.open(data.database), TextPresenter)
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = ApiServer(build_api(built, lambda: Hosts.build(False)), listener)
+        api = Served(built, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        api.load()
+        server.start()
+        try:
+            yield api, schemathesis.openapi.from_url(f"{api.url}/openapi.json", config=schemathesis.Config(), wait_for_schema=WAIT)
+        finally:
+            server.stop()
+            built.close()
 
 
 def operations(schema: Any) -> list[Any]:
@@ -71,11 +94,11 @@ def operations(schema: Any) -> list[Any]:
     return [found.ok() for found in schema.get_all_operations()]
 
 
-def ask(api: Any, case: Any, session: requests.Session) -> Any:
+def ask(api: Served, case: Any, session: requests.Session) -> Any:
     """The answer to `case`, looked at. Raises what is wrong with it."""
     response = case.call(base_url=api.url, session=session, timeout=WAIT)
-    if case.operation.path == UNLOADS:
-        api.app.models.load(api.app.models.choose("model.fake"))
+    if case.operation.path in CHANGES:
+        api.load()
     checks = [check for check in CHECKS if not (check is not_a_server_error and response.status_code in HONEST)]
     case.validate_response(response, checks=checks)
     return response
@@ -109,7 +132,7 @@ class Found:
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
     faults: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def look(self, api: Any, case: Any, session: requests.Session) -> None:
+    def look(self, api: Served, case: Any, session: requests.Session) -> None:
         """Ask, and note what is wrong."""
         name = case.operation.label
         try:
@@ -154,6 +177,9 @@ def main() -> int:
         "rounds": seed - options.seed,
         "requests": total,
         "requests_per_second": round(total / seconds, 1),
+        "never_followed": sorted(
+            operation.label for operation in known if not {(operation.label, 200), (operation.label, 501)} & set(found.statuses)
+        ),
         "by_status": {str(status or "fault"): by_status[status] for status in sorted(by_status)},
         "faults": len(found.faults),
     }

@@ -110,7 +110,7 @@ class TestChatCompletions(ChatModelIntegrationTests):
 
     has_tool_choice = True
     supports_json_mode = True
-    supports_anthropic_inputs = False  # of its blocks, these routes take text and images; /v1/messages takes them all
+    supports_anthropic_inputs = True
     supports_image_inputs = supports_image_tool_message = False  # the scripted engine sees none, and the suite fetches its own from the web
     supports_audio_inputs = supports_pdf_inputs = supports_pdf_tool_message = False  # nothing here takes them
     supports_model_override = False  # the loaded model answers, and says its own name

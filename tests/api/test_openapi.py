@@ -19,6 +19,14 @@ def document(tmp_path_factory):
         return api.get("/openapi.json")
 
 
+def test_the_document_is_valid(document):
+    pytest.importorskip("schemathesis")
+    from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+    assert document["openapi"].startswith("3.1.")
+    OPENAPI_31_VALIDATOR.validate(document)
+
+
 def test_each_reference_leads_somewhere_and_each_schema_is_one(document):
     import jsonschema
 
