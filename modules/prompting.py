@@ -140,7 +140,7 @@ class Prompting:
         lines = () if self.chat.mode == "instruct" else (f"\n{_user(self.chat)}:", f"\n{_character(self.chat)}:")
         if self.chat.mode == "chat":
             return lines
-        turn = stop_strings(self.template, "user" if speaker == "user" and self.chat.mode == "instruct" else "assistant", **self._variables)
+        turn = stop_strings(self.template, "user" if speaker == "user" and self.chat.mode == "instruct" else "assistant", **self.variables)
         return (*turn, *lines)
 
     def names(self, speaker: Speaker = "assistant") -> tuple[str, ...]:
@@ -192,20 +192,20 @@ class Prompting:
         return render
 
     def _instruct(self, messages: list[PromptMessage], begun: PromptMessage | None, speaker: Speaker) -> str:
-        return _written(self.template, messages, begun, self._variables)
+        return _written(self.template, messages, begun, self.variables)
 
     def _chat(self, messages: list[PromptMessage], begun: PromptMessage | None, speaker: Speaker) -> str:
         script = ChatTemplate(SCRIPT, self.template.bos_token if self.adds_bos else "")
-        return _written(script, messages, begun, self._variables)
+        return _written(script, messages, begun, self.variables)
 
     def _chat_instruct(self, messages: list[PromptMessage], begun: PromptMessage | None, speaker: Speaker) -> str:
         name = _user(self.chat) if speaker == "user" else _character(self.chat)
-        script = ChatTemplate(SCRIPT).render(messages, add_generation_prompt=False, **self._variables).rstrip("\n")
+        script = ChatTemplate(SCRIPT).render(messages, add_generation_prompt=False, **self.variables).rstrip("\n")
         values, command = {"<|character|>": name, "<|prompt|>": script}, self.chat.chat_instruct_command
         if "<|prompt|>" not in command:
             command += "\n\n<|prompt|>"  # without it the model would not see the conversation
         asked = PromptMessage("user", re.sub(r"<\|(?:character|prompt)\|>", lambda found: values[found[0]], command).strip())
-        return _written(self.template, [asked], self._in_character(begun, name, speaker), self._variables)
+        return _written(self.template, [asked], self._in_character(begun, name, speaker), self.variables)
 
     def _in_character(self, begun: PromptMessage | None, name: str, speaker: Speaker) -> PromptMessage | None:
         """The beginning of the model's answer, with the speaker's name; none for a model that may think before it."""
@@ -221,7 +221,7 @@ class Prompting:
         return self.chat.enable_thinking and (bool(asked) or opens_thinking(self.template))
 
     @property
-    def _variables(self) -> Mapping[str, Any]:
+    def variables(self) -> Mapping[str, Any]:
         """What templates are told besides messages and tokens. (`ChatTemplate` adds thinking and thinking_budget, and leaves out what is None.)"""
         chat = self.chat
         return {

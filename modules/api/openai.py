@@ -17,7 +17,7 @@ from starlette.responses import Response
 from modules.api.errors import NotAvailable, openai_error
 from modules.api.limits import StrictRoute
 from modules.api.requests import Job, chat_job, completion_jobs, copies
-from modules.api.running import STREAMS, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
 from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from modules.app import App
 from modules.backends.base import Backend, CancelToken, Chunk, Embedding, TokenLogprob
@@ -120,36 +120,30 @@ def model_view(app: App, name: str) -> Json:
 # --- chat -------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Counts:
-    """Tokens of all replies of one request. Replies to one prompt count it once."""
+class _Usage:
+    """Counts of all replies of one request. Replies to one prompt count it once."""
 
     def __init__(self, prompts: Sequence[int]) -> None:
         self._prompts = prompts  # of each reply, the number of its prompt
-        self._prompt: dict[int, int] = {}
-        self._cached: dict[int, int] = {}
-        self._completion: dict[int, int] = {}
-        self._thought: dict[int, int] = {}
-        self.timings: Json | None = None
+        self._replies = [Counts() for _ in prompts]
+        self.timings: Json = {}
+        """Those of the reply that ended last, to be added to an answer."""
 
     def seen(self, part: Part) -> None:
-        chunk, number = part.chunk, self._prompts[part.index]
-        if chunk.prompt_tokens:
-            self._prompt[number] = max(self._prompt.get(number, 0), chunk.prompt_tokens)
-        self._completion[part.index] = max(self._completion.get(part.index, 0), chunk.completion_tokens)
-        self._thought[part.index] = max(self._thought.get(part.index, 0), part.reasoning_tokens)
-        if chunk.timings:
-            self._cached[number] = max(self._cached.get(number, 0), chunk.timings.reused_tokens)
-            self.timings = timings_view(chunk)
+        self._replies[part.index].seen(part)
+        if part.chunk.timings:
+            self.timings = {"timings": timings_view(part.chunk)}
 
     def view(self) -> Json:
-        prompt, completion = sum(self._prompt.values()), sum(self._completion.values())
+        firsts = [self._replies[index] for index, number in enumerate(self._prompts) if number not in self._prompts[:index]]
+        prompt, completion = sum(each.prompt for each in firsts), sum(each.completion for each in self._replies)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values()), "audio_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": sum(each.cached for each in firsts), "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": sum(self._thought.values()),
+                "reasoning_tokens": sum(each.thought for each in self._replies),
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
@@ -181,23 +175,27 @@ class _Answer:
 
     prefix, whole_object, chunk_object = "", "", ""
 
-    def __init__(self, app: App, stops: bool, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+    def __init__(self, app: App, usage_in_stream: bool, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
         self.jobs = jobs
-        self.usage_in_stream = stops
-        self.counts = _Counts(prompts)
+        self.usage_in_stream = usage_in_stream
+        self.counts = _Usage(prompts)
         self.id = f"{self.prefix}{uuid4().hex}"
         self.head = {"id": self.id, "created": int(time.time()), "model": app.models.status().name}
 
     def _whole(self, choices: list[Json]) -> Json:
-        answer = {**self.head, "object": self.whole_object, "system_fingerprint": None, "choices": choices, "usage": self.counts.view()}
-        return answer | ({"timings": self.counts.timings} if self.counts.timings else {})
+        fixed = {"object": self.whole_object, "system_fingerprint": None}
+        return {**self.head, **fixed, "choices": choices, "usage": self.counts.view(), **self.counts.timings}
 
     def _chunk(self, choices: list[Json], **more: Any) -> bytes:
         usage: Json = {"usage": None} if self.usage_in_stream else {}
         return event({**self.head, "object": self.chunk_object, "system_fingerprint": None, "choices": choices, **usage, **more})
 
+    def _timings(self) -> Json:
+        """For the last chunk of a reply, unless a chunk with the counts follows."""
+        return {} if self.usage_in_stream else self.counts.timings
+
     def _end(self) -> list[bytes]:
-        last = [self._chunk([], usage=self.counts.view(), timings=self.counts.timings)] if self.usage_in_stream else []
+        last = [self._chunk([], usage=self.counts.view(), **self.counts.timings)] if self.usage_in_stream else []
         return [*last, event("[DONE]")]
 
 
@@ -224,8 +222,7 @@ class ChatAnswer(_Answer):
             for call in part.calls:
                 yield self._choice(part.index, {"tool_calls": [{"index": call.index, **_call_view(call)}]})
             if part.finish_reason:
-                more = {"timings": self.counts.timings} if self.counts.timings and not self.usage_in_stream else {}
-                yield self._choice(part.index, {}, finish=_reason(part.finish_reason), **more)
+                yield self._choice(part.index, {}, finish=_reason(part.finish_reason), **self._timings())
         for each in self._end():
             yield each
 
@@ -293,8 +290,7 @@ class TextAnswer(_Answer):
             if self._kept_text(part) or logprobs:
                 yield self._choice(part.index, self._kept_text(part), logprobs)
             if part.finish_reason:
-                more = {"timings": self.counts.timings} if self.counts.timings and not self.usage_in_stream else {}
-                yield self._choice(part.index, "", None, self._finish(part), **more)
+                yield self._choice(part.index, "", None, self._finish(part), **self._timings())
         for each in self._end():
             yield each
 
@@ -380,8 +376,3 @@ def _vector(vector: Sequence[float], body: EmbeddingRequest) -> list[float] | st
         length = sum(each * each for each in cut) ** 0.5 or 1.0
         vector = [each / length for each in cut]
     return list(vector) if body.encoding_format == "float" else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-
-
-async def gathered(came: AsyncIterator[Part]) -> list[Part]:
-    """All parts."""
-    return [part async for part in came]

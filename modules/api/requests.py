@@ -27,6 +27,8 @@ from modules.settings import ChatOptions
 from modules.templates import FALLBACK, ChatTemplate, stop_strings
 
 MAX_IMAGES = 16
+COMPLETION_TOKENS = 512
+"""Of a completion that does not say how long it may be, as in the earlier system."""
 _ROLES = {"developer": "system"}
 Json = dict[str, Any]
 
@@ -68,7 +70,7 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
     prompt, stops, names = _prompted(backend, body, chat, template, messages, tools, thinking=not (constraint or sampling.grammar_string))
     tokens = () if images else tuple(backend.encode(prompt))
     if fitting:
-        _check_length(backend, tokens)
+        _check_length(backend, tokens, sampling)
     logprobs = max(1, body.top_logprobs if body.top_logprobs is not None else 0) if body.logprobs else 0
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
@@ -76,7 +78,7 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
     request = GenerationRequest(
         prompt if images else tokens,
         sampling,
-        _most(body.max_completion_tokens or body.max_tokens, body, None),
+        _most(body, body.max_completion_tokens or body.max_tokens, None),
         _seed(body.seed),
         stop=(*body.stops, *sampling.stopping_strings, *stops),
         images=tuple(images),
@@ -107,11 +109,11 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
     jobs = []
     for prompt in _prompts(body):
         tokens = tuple(backend.encode(prompt, sampling.add_bos_token) if isinstance(prompt, str) else prompt)
-        _check_length(backend, tokens)
+        _check_length(backend, tokens, sampling)
         request = GenerationRequest(
             tokens,
             sampling,
-            max(1, _most(body.max_tokens, body, 512) or 1) if body.max_tokens is not None else None,
+            1 if body.max_tokens == 0 else _most(body, body.max_tokens, COMPLETION_TOKENS),
             _seed(body.seed),
             stop=(*body.stops, *sampling.stopping_strings),
             adapters=adapters_of(backend, app.models.adapters),
@@ -149,19 +151,10 @@ def _sampling(app: App, body: Any) -> tuple[SamplingParams, tuple[str, ...]]:
     if body.preset:
         given |= app.presets.get(body.preset)
     sampling = SamplingParams().replace(given, "the request")
-    honoured = set(app.models.status().samplers)
-    neutral = SamplingParams()
-    counted = {"temperature", "top_p", "top_k", "min_p"} | set(SamplingParams.model_fields)
-    idle = [name for name in given if name in counted and name not in honoured and getattr(sampling, name) != getattr(neutral, name)]
-    unknown = [f"{name} is unknown" for name in body.unknown()]
-    without = [f"{name} has no effect with this loader" for name in sorted(idle) if name not in _ALWAYS]
-    return sampling, (*without, *unknown)
-
-
-_ALWAYS = frozenset(
-    {"max_new_tokens", "auto_max_new_tokens", "truncation_length", "max_tokens_second", "custom_stopping_strings", "add_bos_token", "seed"}
-)
-"""Followed whatever the engine: by `text_generation`, or before it is asked."""
+    neutral, honoured = SamplingParams(), app.models.status().samplers
+    idle = [name for name in given if name not in honoured and getattr(sampling, name) != getattr(neutral, name)]
+    without = [f"{name} has no effect with this loader" for name in sorted(idle)]
+    return sampling, (*without, *(f"{name} is unknown" for name in body.unknown()))
 
 
 def _model(app: App, wanted: str) -> tuple[str, ...]:
@@ -175,8 +168,11 @@ def _seed(seed: int | None) -> int:
     return secrets.randbelow(2**31) if seed is None or seed == -1 else seed % 2**32
 
 
-def _most(given: int | None, body: Any, default: int | None) -> int | None:
-    return given if given is not None else body.max_new_tokens if body.max_new_tokens is not None else default
+def _most(body: Any, given: int | None, default: int | None) -> int | None:
+    """How long the reply may be; None: as long as the context."""
+    if given is not None or body.max_new_tokens is not None:
+        return given if given is not None else body.max_new_tokens
+    return None if body.auto_max_new_tokens else default
 
 
 def _bias(bias: Mapping[str, float] | None) -> tuple[tuple[int, float], ...]:
@@ -197,11 +193,12 @@ def _need_grammar(backend: Backend, wanted: Any) -> None:
     _need(backend, "grammar", wanted, "response_format, grammar_string and a required tool_choice")
 
 
-def _check_length(backend: Backend, tokens: Sequence[int]) -> None:
-    if len(tokens) >= backend.context_length:
+def _check_length(backend: Backend, tokens: Sequence[int], sampling: SamplingParams) -> None:
+    room = min(backend.context_length, sampling.truncation_length or backend.context_length)
+    if len(tokens) >= room:
         raise PromptTooLong(
-            f"The prompt has {len(tokens)} tokens and the context holds {backend.context_length}, the reply included. Shorten it, or load the model "
-            "with a larger context."
+            f"The prompt has {len(tokens)} tokens and {room} are allowed, the reply included. Shorten it, or load the model with a larger context"
+            f"{', or raise truncation_length' if room < backend.context_length else ''}."
         )
 
 
@@ -247,14 +244,8 @@ def _prompted(
         raise BadRequest("continue_ goes on with an assistant's message: make one the last.", "continue_")
     if chat.mode != "instruct":
         return _in_character(backend, body, chat, template, messages)
-    variables: Json = {
-        "enable_thinking": chat.enable_thinking and thinking,
-        "reasoning_effort": chat.reasoning_effort,
-        "preserve_thinking": chat.preserve_thinking,
-        "name1": chat.name1,
-        "name2": chat.name2,
-        "user_bio": chat.user_bio,
-    }
+    variables = {**Prompting(template, chat).variables, "enable_thinking": chat.enable_thinking and thinking}
+    known = dict(variables)
     if tools:
         if "tools" in template.source:
             variables["tools"] = list(tools.values())
@@ -265,7 +256,6 @@ def _prompted(
     leading = [m for m in messages if m["role"] == "system"]
     if len(leading) > 1 and messages[1]["role"] == "system":
         messages = _joined_system(messages)
-    known = {k: v for k, v in variables.items() if k != "tools"}
     prompt = template.render(messages, add_generation_prompt=not body.continue_, continue_last=body.continue_, **variables)
     return prompt, stop_strings(template, **known), ()
 

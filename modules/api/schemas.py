@@ -134,7 +134,7 @@ class CompletionRequest(_Common, _Sampling):  # type: ignore[valid-type, misc]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_REPLIES)]
         | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_REPLIES)]
     )
-    max_tokens: Annotated[int, Field(ge=0)] | None = 512
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
     suffix: str | None = None

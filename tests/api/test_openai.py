@@ -80,6 +80,26 @@ def test_completions(api):
 
 
 @pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({}, 512),
+        ({"max_tokens": 7}, 7),
+        ({"max_new_tokens": 9}, 9),
+        ({"max_tokens": 7, "max_new_tokens": 9}, 7),
+        ({"auto_max_new_tokens": True}, None),
+    ],
+)
+def test_how_long_a_completion_may_be(api, fields, length):
+    api.post("/v1/completions", {"prompt": "x", **fields})
+    assert api.backend.requests[-1].max_new_tokens == length
+
+
+def test_a_truncation_length_bounds_the_prompt(api):
+    error = api.post("/v1/completions", {"prompt": "x" * 30, "truncation_length": 20}, 400)["error"]
+    assert error["code"] == "context_length_exceeded" and "raise truncation_length" in error["message"]
+
+
+@pytest.mark.parametrize(
     ("body", "words"),
     [
         ({"messages": []}, "messages"),
