@@ -153,7 +153,11 @@ export const composer = {
     if (!text.trim()) { queue.held = false; queue.send(queue.here[0]); return; }
     if (chat.running) { if (queue.add(text)) this.put(''); return; }
     const command = slash.impossible(text);
-    if (command) { toast(t('{command} cannot be done here now. Esc, then Enter sends it as a message.', { command })); return; }
+    if (command) {
+      const literally = () => { slash.refused = true; this.submit(extra); };
+      toast(t('{command} cannot be done here now.', { command }), 'error', { label: t('Send as a message'), run: literally });
+      return;
+    }
     const key = this.key;
     if (!await this.post(text, extra)) return;
     drafts.keep(key, '');

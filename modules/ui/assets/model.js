@@ -1,5 +1,5 @@
 // The model: its card, its name in the header.
-import { number, el, api, bytes, write, slug, t } from './core.js';
+import { TOUCH, number, el, api, bytes, write, slug, t } from './core.js';
 import { chat } from './chat.js';
 import { head } from './head.js';
 import { live } from './composer.js';
@@ -62,7 +62,8 @@ export const model = {
     const choose = openTab.exists('model') ? el('button', { type: 'button', textContent: t('Choose one on the Model tab'), onclick: () => openTab('model') }) : null;
     const text = { none: t('No model is loaded.'), failed: t('The model could not be loaded.'), loading: t('Loading the model… {percent}', { percent }) }[status.state];
     live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), `${text} `, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
-    const hint = status.state === 'ready' ? t('Your messages stay on this machine. Enter sends, Shift+Enter begins a new line.') : text;
+    const keys = TOUCH.matches ? '' : ` ${t('Enter sends, Shift+Enter begins a new line.')}`;
+    const hint = status.state === 'ready' ? t('Your messages stay on this machine.') + keys : text;
     chat.welcome.querySelector('p').textContent = hint || '';
   },
 

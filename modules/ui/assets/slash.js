@@ -87,6 +87,7 @@ export const slash = {
 
   /** A key in the box; true if it was for this list. */
   key(e) {
+    if (!this.open && e.key === 'Escape') this.refused = composer.box.value.startsWith('/');
     if (!this.open || e.isComposing || e.keyCode === 229 || e.ctrlKey || e.altKey || e.metaKey) return false;
     const step = { ArrowDown: 1, ArrowUp: -1 }[e.key];
     const chosen = e.key === 'Tab' || (e.key === 'Enter' && !e.shiftKey);
