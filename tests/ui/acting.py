@@ -35,3 +35,9 @@ def ask(tab, text):
     tab.get_by_role("button", name="Send", exact=True).click()
     expect(user(tab)).to_contain_text(text)
     finished(tab)
+
+
+def filled(tab):
+    """The controls show what is in effect, at the load and for the conversation: what is changed before that would be filled over."""
+    tab.wait_for_function("performance.getEntriesByType('resource').filter((each) => each.name.includes('run/predict')).length >= 2")
+    tab.wait_for_load_state("networkidle")

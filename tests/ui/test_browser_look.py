@@ -8,7 +8,7 @@ import pytest
 from modules.samplers import SamplingParams
 from modules.ui import ASSETS
 from tests.fakes import FakeBackend, until
-from tests.ui.acting import ask
+from tests.ui.acting import ask, filled
 
 pytestmark = pytest.mark.browser
 
@@ -336,9 +336,7 @@ def test_a_style_of_ones_own_from_the_css_folder(live_server, wide):
     tab.reload()
     until(lambda: tab.locator(".tgw-msg.user").count() == 1 and "rgb(1, 2, 3)" in bubble(tab))
     expect(knob(tab, "chat_style").locator("input")).to_have_value("mine")
-    # What is changed while the controls are filled, at the load and for the conversation, would be filled over.
-    tab.wait_for_function("performance.getEntriesByType('resource').filter((each) => each.name.includes('run/predict')).length >= 2")
-    tab.wait_for_load_state("networkidle")
+    filled(tab)
     style(tab, "modern")
     until(lambda: "rgb(1, 2, 3)" not in bubble(tab))
 

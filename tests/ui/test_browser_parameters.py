@@ -6,6 +6,7 @@ import yaml
 from modules.samplers import NEUTRAL
 from modules.templates import FALLBACK
 from tests.fakes import until
+from tests.ui.acting import filled
 
 pytestmark = pytest.mark.browser
 
@@ -18,6 +19,7 @@ LISTING = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 def tab(live_server, new_tab):
     """A tab that shows Parameters, its menus read."""
     page = new_tab()
+    filled(page)
     open_parameters(page)
     return page
 
