@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "user_data" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engine tests run on one worker and browser tests on one, so that they do not slow each other down."""
     for item in items:

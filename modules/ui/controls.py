@@ -44,10 +44,10 @@ def label(knob: Knob) -> str:
 
 
 def groups(options: type[Options]) -> dict[str, list[Knob]]:
-    """The knobs that have an effect in this version, by group, in order of declaration."""
+    """The knobs that have an effect in this version and may be set in the page, by group, in order of declaration."""
     found: dict[str, list[Knob]] = {}
     for knob in options.knobs().values():
-        if not knob.later:
+        if not knob.later and not knob.start_only:
             found.setdefault(knob.group, []).append(knob)
     return found
 
@@ -87,16 +87,9 @@ def shown(value: Any) -> Any:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def showing(built: Component, value: Any) -> Any:
-    """What a Gradio function answers so that `built` shows `value`. A slider reaches as far as the value, which the API may have set beyond."""
-    if not isinstance(built, gr.Slider):
-        return shown(value)
-    return gr.update(value=value, minimum=min(value, built.minimum), maximum=max(value, built.maximum))
-
-
 def _reading(knob: Knob, built: Component) -> str:
     """JavaScript from what a control tells to what is posted."""
-    if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range, which `showing` may have stretched
+    if isinstance(built, gr.Slider):  # it tells what was typed and then shows that within its range, which the page's script may have stretched
         return f"window.tgwPanel.within({json.dumps(knob.name)}, value, {built.minimum}, {built.maximum})"
     if knob.type is list:
         return 'value.split("\\n").map((line) => line.trim()).filter(Boolean)'

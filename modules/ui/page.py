@@ -1,6 +1,6 @@
 """The page: header, one tab a row of TABS, appearance. Building it needs no model and starts nothing.
 
-    page = build_page(app, session_values)
+    page = build_page(app)
     server.add_middleware(Speaking, values=session_values)
     gr.mount_gradio_app(server, page, path="/", **appearance(), ssr_mode=False, run_history=False, …)
 
@@ -10,16 +10,17 @@ The server serves the files of ASSETS as `assets/<fingerprint>/<name>`, before G
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from modules.app import App
 from modules.ui import ASSETS, chat_tab, gradio_api, model_tab, parameters_tab
-from modules.ui.controls import QUIET, host, showing
+from modules.ui.controls import QUIET, host
 from modules.ui.i18n import translate
 
 TITLE = "Text Generation Web UI"
@@ -42,19 +43,7 @@ TABS = (
 )
 
 
-_CONVERSATION = "() => window.tgw?.conversation?.() || (/^#c=([\\w-]+)$/.exec(location.hash)?.[1] ?? '')"
-"""Which one is shown; while the script is not there yet, the address says it."""
-
-
-class SessionValues(Protocol):
-    """Gives the values in effect for the asking browser, by name."""
-
-    def __call__(self, request: gr.Request, conversation: str) -> Mapping[str, Any]:
-        """`conversation`: those in effect in it; its own for "" and for a conversation that the browser does not have."""
-        ...
-
-
-def build_page(app: App, session_values: SessionValues, who: gradio_api.Who | None = None) -> gr.Blocks:
+def build_page(app: App, who: gradio_api.Who | None = None) -> gr.Blocks:
     """The page of `app`, in English for a server without `i18n.Speaking`. With `who`, also the endpoints of Gradio's API."""
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False) as page:
         host("header", f'<div data-theme="{app.settings.dark_theme}"></div>', elem_id="tgw-header")
@@ -64,7 +53,7 @@ def build_page(app: App, session_values: SessionValues, who: gradio_api.Who | No
                 if not (tab.administration and app.settings.multi_user):
                     with gr.Tab(tab.label, id=tab.label.lower(), elem_id=f"tgw-tab-{tab.label.lower()}") as place:
                         made |= tab.build(app, place)
-        _repaint(page, made, session_values)
+        _repaint(page, made)
         if who:
             gradio_api.add_endpoints(app, who)
     translate(page)
@@ -72,18 +61,12 @@ def build_page(app: App, session_values: SessionValues, who: gradio_api.Who | No
     return page
 
 
-def _repaint(page: gr.Blocks, made: Mapping[str, Component], session_values: SessionValues) -> None:
-    """Let the controls show the values of the conversation shown: at page load, and when the script presses the button."""
-
-    def values(conversation: str, request: gr.Request) -> list[Any]:
-        found = session_values(request, conversation)
-        return [showing(control, found[name]) for name, control in made.items()]
-
-    conversation = gr.Textbox("", visible="hidden", label="", container=False, elem_id="tgw-shown")
+def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
+    """Let the controls show the values in effect, which the page's script knows, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
-    for event in (page.load, again.click):
-        # always_last: another conversation may have been opened before the answer came
-        event(values, conversation, list(made.values()), js=_CONVERSATION, trigger_mode="always_last", **QUIET)
+    spans = {name: [control.minimum, control.maximum] if isinstance(control, gr.Slider) else None for name, control in made.items()}
+    again.click(None, None, list(made.values()), js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
+    page.load(None, None, None, js="() => { window.tgwControls = true; window.tgw?.controls(); }", **QUIET)
 
 
 def appearance() -> dict[str, Any]:

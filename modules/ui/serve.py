@@ -48,7 +48,7 @@ def build_server(app: App, auth: Auth, hosts: Hosts) -> Guard:
         return shown_values(app, auth.need(request), conversation)
 
     api.add_middleware(Speaking, values=session_values)
-    page = build_page(app, session_values, auth.need)
+    page = build_page(app, auth.need)
     gradio.mount_gradio_app(
         api,
         page,

@@ -535,11 +535,12 @@ def test_the_engine_comes_back_although_nobody_asks_and_is_the_same(starter_mode
 @real_engine
 @needs_signals
 def test_a_frozen_engine_does_not_keep_anybody_waiting(dense):
-    backend = load(dense, engine_timeout=2)
+    backend = load(dense, engine_timeout=2, ctx_size=2**16)  # so many cells that no reply is full before the engine is stopped
     try:
         streams = [Stream(backend, request(f"{n}", ENDLESS, max_new_tokens=None)).writes() for n in range(4)]
         pid, began = backend.pid, time.monotonic()
         os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)  # until then it would answer
         count = Task(backend.encode, "x")  # at once: once the engine is back, it would be answered
         token = CancelToken()
         token.cancel()

@@ -38,6 +38,5 @@ def ask(tab, text):
 
 
 def filled(tab):
-    """The controls show what is in effect, at the load and for the conversation: what is changed before that would be filled over."""
-    tab.wait_for_function("performance.getEntriesByType('resource').filter((each) => each.name.includes('run/predict')).length >= 2")
-    tab.wait_for_load_state("networkidle")
+    """The controls show what is in effect."""
+    tab.wait_for_function("window.tgw?.painted()")

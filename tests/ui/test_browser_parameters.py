@@ -6,13 +6,21 @@ import yaml
 from modules.samplers import NEUTRAL
 from modules.templates import FALLBACK
 from tests.fakes import until
-from tests.ui.acting import filled
+from tests.ui.acting import ask, filled
 
 pytestmark = pytest.mark.browser
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
 LISTING = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+SLOW = """
+const [ask, held] = [window.fetch, new Promise((resolve) => { window.release = resolve; })];
+window.fetch = async (url, options) => {
+  if (`${url}`.endsWith('chat/session') && (options?.method ?? 'GET') === 'GET') await held;
+  return ask(url, options);
+};
+"""
+"""What is in effect is answered when `release()` is called."""
 
 
 @pytest.fixture
@@ -95,6 +103,43 @@ def test_the_next_message_is_made_with_it(live_server, tab):
     tab.keyboard.press("Enter")
     until(lambda: live_server.asked == 1)
     assert live_server.backend.requests[0].sampling.differences() == {**NEUTRAL.differences(), "do_sample": False, "top_k": 1}
+
+
+def test_a_slider_reaches_a_value_beyond_its_range_and_comes_back(live_server, tab):
+    put(live_server, "presets/Hot.yaml", "temperature: 9.5\n")
+    for name, most in (("Hot", "9.5"), ("Creative", "5")):
+        tab.evaluate("(name) => window.tgw.preset(name)", name)
+        expect(knob(tab, "temperature")).to_have_attribute("max", most)
+    expect(knob(tab, "temperature")).to_have_value("1")
+
+
+def test_what_somebody_is_typing_is_not_painted_over_but_another_chat_shows_its_own(live_server, tab):
+    tab.get_by_role("tab", name="Chat").click()
+    ask(tab, "Hi")
+    chat = tab.evaluate("location.hash")
+    tab.evaluate("location.hash = ''")
+    expect(tab.locator(".tgw-msg")).to_have_count(0)
+    open_parameters(tab)
+    group(tab, "Tokens and constraints")
+    grammar = tab.locator(".knob-grammar_string textarea")
+    grammar.fill("root ::=")
+    tab.evaluate("window.tgw.preset('Creative')")
+    expect(knob(tab, "min_p")).to_have_value("0.02")
+    expect(grammar).to_have_value("root ::=")
+    tab.evaluate("(chat) => { location.hash = chat; }", chat)
+    expect(knob(tab, "min_p")).to_have_value("0")
+    expect(grammar).to_have_value("")
+
+
+def test_a_value_changed_before_the_server_has_answered_stands(live_server, tab):
+    tab.add_init_script(SLOW)
+    tab.reload()
+    tab.get_by_role("tab", name="Parameters").click()
+    knob(tab, "min_p").fill("0.3")
+    tab.evaluate("release()")
+    filled(tab)
+    expect(knob(tab, "min_p")).to_have_value("0.3")
+    until(lambda: in_effect(tab)["min_p"] == 0.3)
 
 
 def test_saving_the_present_values_under_a_name(live_server, tab):

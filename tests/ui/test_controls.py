@@ -8,7 +8,7 @@ import pytest
 from modules.options import Options, knob
 from modules.samplers import SamplingParams
 from modules.settings import ChatOptions
-from modules.ui.controls import control, controls, groups, label, showing, shown
+from modules.ui.controls import control, controls, groups, label, shown
 
 
 class Example(Options):
@@ -110,16 +110,6 @@ def test_given_choices_are_offered():
         made = controls([KNOBS["size"], KNOBS["name"]], "f", {"name": "gone"}, choices={"size": [("Small", "s")], "name": [("x", "x")]})
     assert made["size"].choices == [("Small", "s")]
     assert isinstance(made["name"], gr.Dropdown) and made["name"].value == "gone" and made["name"].allow_custom_value
-
-
-@pytest.mark.parametrize(("value", "range"), [(0.5, (0, 1)), (0, (0, 1)), (3, (0, 3)), (-2, (-2, 1))])
-def test_a_slider_is_stretched_to_show_a_value(value, range):
-    told = showing(build("share")[0], value)
-    assert (told["value"], (told["minimum"], told["maximum"])) == (value, range)
-
-
-def test_other_controls_are_told_the_value_alone():
-    assert [showing(build(name)[0], KNOBS[name].default) for name in ("seed", "names", "on")] == [-1, "a\nb", True]
 
 
 def test_labels_spell_abbreviations():

@@ -17,7 +17,7 @@ from modules.ui.controls import groups, label
 from modules.ui.i18n import Speaking, Words, language_of, russian, speaking, translate
 from modules.ui.page import build_page
 from tests.fakes import run
-from tests.ui.test_page import building, nothing
+from tests.ui.test_page import building
 
 MARKS = re.compile(r"\{(\w+)\}")
 CYRILLIC = re.compile("[а-яё]", re.IGNORECASE)
@@ -88,7 +88,7 @@ def texts_of(page):
 def shown(tmp_path_factory):
     """The texts of the page, alone and with many users."""
     with building(tmp_path_factory.mktemp("i18n")) as make:
-        return texts_of(build_page(make(), nothing)) | texts_of(build_page(make("--multi-user"), nothing))
+        return texts_of(build_page(make())) | texts_of(build_page(make("--multi-user")))
 
 
 def test_every_text_of_a_control_has_its_russian_and_there_are_no_others(shown):

@@ -91,6 +91,9 @@ theme.build();
 window.tgw = {
   library,
   set(name, value) { if (name === 'language') rememberLanguage(value); session.set(name, value); },
+  controls: () => session.ready(),
+  /** Whether the controls show what is in effect. */
+  painted: () => session.painted,
   setMany(values) { Object.assign(session.pending, values); session.flush(); },
   save: () => session.save(),
   filter(on) { model.filtered = on; model.rules(); },
@@ -110,8 +113,6 @@ window.tgw = {
   },
   /** Ask the server for anything; what it says against it is shown, and null answered. */
   async call(method, path, body) { return (await attempt(() => api(method, path, body))) ?? null; },
-  /** The conversation shown; '' for a new one. */
-  conversation: () => chat.id || '',
   panel: () => showPanel(),
   /** Fill a host that Gradio has mounted; again after it mounted anew. */
   mount(kind, host) {
@@ -126,6 +127,7 @@ window.tgw = {
 };
 
 model.show(model.status);
+if (window.tgwControls) session.ready();
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);
 sidebar.load();
 chat.open(shownInAddress()).then(() => rememberLanguage(session.values.language));

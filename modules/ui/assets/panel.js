@@ -42,6 +42,7 @@ export const panel = {
 /** What Gradio's controls call, beside window.tgw. */
 window.tgwPanel = {
   within,
+  show,
   menu: (folder) => people.menu(folder),
   choose: (kind, name) => people.choose(kind, name),
   save: (kind, name) => people.save(kind, name),
@@ -53,6 +54,17 @@ function within(name, value, low, high) {
   const field = name in session.values && document.querySelector(`.knob-${CSS.escape(name)} input[type=number]`);
   const [least, most] = field ? [Number(field.min), Number(field.max)] : [low, high];
   return Math.min(most, Math.max(least, value ?? least));
+}
+
+/** What the controls show from now on: the values in effect. `spans`: their names, in order, with the range of each that is a slider. */
+function show(spans) {
+  session.told();
+  return Object.entries(spans).map(([name, span]) => {
+    const value = session.values[name];
+    if (value === undefined || session.changing(name)) return update();
+    if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
+    return update({ value, minimum: Math.min(value, span[0]), maximum: Math.max(value, span[1]) });  // the API may have set it beyond
+  });
 }
 
 const update = (values) => ({ __type__: 'update', ...values });  // of a Gradio control; what is not named stays

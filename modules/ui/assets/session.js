@@ -6,14 +6,20 @@ import { theme } from './theme.js';
 
 /** Changes are gathered for a moment and posted in order, to the conversation in which they were made; a turn waits for them. */
 export const session = {
-  id: null, revision: 0, values: {}, shown: null, pending: {}, posted: Promise.resolve(),
+  id: null, revision: 0, values: {}, shown: null, posted: Promise.resolve(),
+  /** Changes not posted yet; those posted and not answered yet. */
+  pending: {}, posting: {},
+  /** Whether the controls are there, and show what is in effect. */
+  mounted: false, painted: false,
   set(name, value) { this.pending[name] = value; this.soon(); },
   soon: later(150, () => session.flush()),
   flush() {
     this.soon.cancel();
     const [changes, id] = [this.pending, this.id];
     this.pending = {};
-    if (Object.keys(changes).length) this.posted = this.posted.then(() => attempt(() => this.patch(changes, id)));
+    if (!Object.keys(changes).length) return this.posted;
+    Object.assign(this.posting, changes);
+    this.posted = this.posted.then(() => attempt(() => this.patch(changes, id)));
     return this.posted;
   },
   path(id = this.id) { return `chat/session${id ? `?conversation=${encodeURIComponent(id)}` : ''}`; },
@@ -24,8 +30,10 @@ export const session = {
       this.take(revision, { ...this.values, ...changes });
       if (!id && ['mode', 'greeting', 'name1', 'name2'].some((name) => name in changes)) this.read();  // a new chat greets otherwise now
     } catch (error) {
-      this.repaint();
+      this.repaint(true);
       throw error;
+    } finally {
+      for (const [name, value] of Object.entries(changes)) if (this.posting[name] === value) delete this.posting[name];
     }
   },
   take(revision, values) {
@@ -37,14 +45,35 @@ export const session = {
   },
   /** The page shows conversation `id` (null: a new one), in which these values are in effect; the controls show them. */
   adopt(id, revision, values) {
-    if (id !== this.id) this.flush();
+    const other = id !== this.id && this.shown !== null;  // before the first one, what was changed belongs to it
+    if (other) {
+      this.flush();
+      this.posting = {};
+    }
     this.id = id;
     const differs = JSON.stringify(values) !== this.shown;
     this.take(revision, values);
-    if (differs) this.repaint();
+    if (differs) this.repaint(other);
   },
-  /** Let the controls show what the server holds. */
-  repaint() { document.getElementById('tgw-repaint')?.click(); },
+  /** Let the controls show what is in effect; with `all`, also those that somebody is changing at this moment. */
+  repaint(all = false) {
+    this.all = all;
+    this.painted = false;
+    if (this.mounted) document.getElementById('tgw-repaint').click();
+  },
+  /** Gradio's controls are there. */
+  ready() {
+    this.mounted = true;
+    if (this.shown !== null) this.repaint();
+  },
+  /** Gradio is told what they show, and does so before the frame after the next. */
+  told() { requestAnimationFrame(() => requestAnimationFrame(() => { this.painted = true; })); },
+  /** Somebody is changing the control of this name: what is in effect would undo it. */
+  changing(name) {
+    if (this.all) return false;
+    const typed = document.activeElement?.closest(`.knob-${CSS.escape(name)} :is(textarea, input:not([type=number], [type=range], [type=checkbox], [type=radio]))`);
+    return Boolean(typed) || name in this.pending || name in this.posting;
+  },
   /** Ask the server for the values in effect. */
   async read(id = this.id) {
     const found = await api('GET', this.path(id));
