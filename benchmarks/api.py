@@ -9,6 +9,7 @@ for the same reply; the aggregate is beside that of as many `generate_reply` thr
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import multiprocessing
 import os
@@ -23,8 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import httpx  # noqa: E402
 
 from modules import app, settings  # noqa: E402
 from modules.backends.base import GenerationRequest  # noqa: E402
@@ -87,23 +86,37 @@ def prompt(number: int) -> str:
 
 
 def client(url: str, number: int, tokens: int, came: Any) -> None:
-    """One stream; puts (seconds to the first token, seconds from first to last, timings of the engine)."""
+    """One stream; puts (seconds to the first token, seconds from first to last, timings of the engine).
+
+    It keeps what comes and reads it afterwards: what it computes meanwhile, the engine beside it could not.
+    """
     body = {"prompt": prompt(number), "max_tokens": tokens, "seed": number, "stream": True, **SAMPLING}
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
+    connection.request("GET", "/health")  # a client of long standing is connected
+    connection.getresponse().read()
+    kept: list[tuple[float, bytes]] = []
+    began = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    while data := response.read1(65536):
+        kept.append((time.perf_counter(), data))
+    connection.close()
+    came.append((began, kept))
+
+
+def read(began: float, kept: list[tuple[float, bytes]]) -> tuple[float, float, dict[str, Any]]:
+    """Seconds to the first token, seconds from first to last, and timings of the engine."""
     first = last = 0.0
     timings: dict[str, Any] = {}
-    with httpx.Client(timeout=300) as session:
-        session.get(f"{url}/health")  # a client of long standing is connected
-        began = time.perf_counter()
-        with session.stream("POST", f"{url}/v1/completions", json=body) as response:
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                data = json.loads(line[6:])
-                timings = data.get("timings") or timings
-                if data["choices"] and data["choices"][0]["text"]:
-                    last = time.perf_counter()
+    for came, data in kept:
+        for line in data.split(b"\n"):
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                timings = event.get("timings") or timings
+                if event["choices"] and event["choices"][0]["text"]:
+                    last = came
                     first = first or last
-    came.append((first - began, last - first, timings))
+    return first - began, last - first, timings
 
 
 def clients(url: str, streams: int, tokens: int, answer: Any) -> None:
@@ -115,7 +128,7 @@ def clients(url: str, streams: int, tokens: int, answer: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    answer.put((time.perf_counter() - began, time.process_time() - cpu, came))
+    answer.put((time.perf_counter() - began, time.process_time() - cpu, [read(*each) for each in came]))
 
 
 def asked(context: Any, url: str, streams: int, tokens: int) -> Any:
@@ -161,7 +174,7 @@ def main() -> None:
             used.append(cpu / wall)
         print(
             f"{arguments.streams} streams: {statistics.median(ratios):.3f} of the engine's aggregate (wanted >= 0.9); the clients used "
-            f"{100 * statistics.median(used):.0f} % of one of {os.cpu_count()} cores, which the engine could have had"
+            f"{100 * statistics.median(used):.1f} % of one of {os.cpu_count()} cores, which the engine could have had"
         )
         stop.put("stop")
         server.join(20)

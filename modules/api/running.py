@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from modules import tool_calls
 from modules.api.requests import Job
@@ -77,12 +79,11 @@ async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterato
 
     Meanwhile `app.stops` can stop them: by `answer`, the id that the client is told, or by who asked.
     """
-    loop = asyncio.get_running_loop()
     came: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+    post = _post()
 
     def put(what: Part | BaseException | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
-            loop.call_soon_threadsafe(came.put_nowait, what)
+        post.put(came, what)
 
     def write(index: int, job: Job) -> None:
         try:
@@ -108,6 +109,38 @@ async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterato
     finally:
         for job in jobs:
             job.request.cancel.cancel()
+
+
+class _Post:
+    """Brings what threads say to queues of an event loop, which is woken once for all that came meanwhile: waking it is the dearest part."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._came: list[tuple[asyncio.Queue[Any], Any]] = []
+
+    def put(self, queue: asyncio.Queue[Any], what: Any) -> None:
+        """Put `what` into `queue`, from any thread."""
+        with self._lock:
+            self._came.append((queue, what))
+            first = len(self._came) == 1
+        if first:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            came, self._came = self._came, []
+        for queue, what in came:
+            queue.put_nowait(what)
+
+
+_POSTS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary()
+
+
+def _post() -> _Post:
+    loop = asyncio.get_running_loop()
+    return _POSTS.setdefault(loop, _Post(loop))
 
 
 def _written(app: App, index: int, job: Job) -> Iterator[Part]:
@@ -185,7 +218,39 @@ def event(data: Any, name: str = "") -> bytes:
 def sse(events: AsyncIterator[bytes], failed: Callable[[UserError], Iterable[bytes]], headers: dict[str, str]) -> StreamingResponse:
     """A stream of events. An error on the way is told by `failed`, and ends it; silence is broken by comments."""
     fixed = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_kept_alive(_told(events, failed)), media_type="text/event-stream", headers={**fixed, **headers})
+    return _EventStream(_told(events, failed), media_type="text/event-stream", headers={**fixed, **headers})
+
+
+class _EventStream(StreamingResponse):
+    """A stream in which silence is broken by comments. A task of its own watches for it: the stream's way costs nothing more."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send it all; what makes the events is closed, whatever happens."""
+        now = asyncio.get_running_loop().time
+        last = now()
+
+        async def say(body: bytes, more: bool = True) -> None:
+            nonlocal last
+            last = now()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        async def break_silence() -> None:
+            while True:
+                if (rest := last + SILENCE - now()) > 0:
+                    await asyncio.sleep(rest)
+                else:
+                    await say(b": keep-alive\n\n")
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        watch = asyncio.ensure_future(break_silence())
+        try:
+            async for each in self.body_iterator:
+                await say(each)  # type: ignore[arg-type]
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+        await say(b"", more=False)
 
 
 async def _told(events: AsyncIterator[bytes], failed: Callable[[UserError], Iterable[bytes]]) -> AsyncIterator[bytes]:
@@ -199,24 +264,7 @@ async def _told(events: AsyncIterator[bytes], failed: Callable[[UserError], Iter
         logger.exception("A streamed reply failed")
         for each in failed(UserError(f"The server made a mistake ({type(error).__name__}). Its terminal has the details.")):
             yield each
-
-
-async def _kept_alive(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    following = asyncio.ensure_future(anext(events, None))
-    try:
-        while True:
-            done, _ = await asyncio.wait({following}, timeout=SILENCE)
-            if not done:
-                yield b": keep-alive\n\n"
-                continue
-            found = following.result()
-            if found is None:
-                return
-            yield found
-            following = asyncio.ensure_future(anext(events, None))
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
         await events.aclose()  # type: ignore[attr-defined]
 
 

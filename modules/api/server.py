@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import signal
 import threading
@@ -119,7 +118,7 @@ class ApiServer:
         self._thread.join(10)
 
     def _run(self, listener: Any) -> None:
-        asyncio.run(self._server.serve(sockets=[listener]))
+        self._server.run(sockets=[listener])
 
 
 def tls(settings: Settings) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """OpenAI's routes, driven by OpenAI's own client with its strict validation."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import openai
 import pytest
 
@@ -271,6 +274,27 @@ def test_the_real_engine(real_api):
     entries = whole.choices[0].logprobs.content
     assert "".join(entry.token for entry in entries).startswith(streamed) and all(len(entry.top_logprobs) == 2 for entry in entries)
     assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length"
+
+
+@pytest.mark.engine
+def test_parallel_requests_keep_their_own_text_usage_and_probabilities(real_api):
+    client = client_of(real_api)
+
+    def ask(number):
+        said = [{"role": "user", "content": f"Tell a story about {'a fox and ' * number}a hen."}]
+        answer = client.chat.completions.create(
+            model="", messages=said, max_tokens=6 + number, seed=number, logprobs=True, top_logprobs=number, extra_body={"ban_eos_token": True}
+        )
+        choice = answer.choices[0]
+        assert choice.message.content and "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+        assert {len(entry.top_logprobs) for entry in choice.logprobs.content} == {number}
+        return answer.usage.completion_tokens, answer.usage.prompt_tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        usage = list(pool.map(ask, range(1, 9)))
+    assert [completion for completion, _ in usage] == [6 + number for number in range(1, 9)]
+    steps = {after - before for (_, before), (_, after) in itertools.pairwise(usage)}
+    assert len(steps) == 1 and steps.pop() > 0  # each prompt is longer than the one before by the same words
 
 
 @pytest.mark.engine
