@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules import app, auth, launch, log, system
+from modules import app, auth, launch, log, places, system
 from modules.errors import UserError
 from modules.log import logger
 from modules.paths import UserData
@@ -42,7 +42,8 @@ def run(configuration: Configuration, data: UserData) -> int:
     """Build the App, begin to load the model, serve the page, the API or both."""
     settings = configuration.settings
     who = auth.Auth(logins(configuration), data.sessions, cookie_secure=bool(settings.ssl_certfile))
-    built = app.build(configuration, data, launch.open_store(data, settings.multi_user), BlockPresenter)
+    caches = {} if settings.only_own_models else places.other_programs(os.environ, Path.home())
+    built = app.build(configuration, data, launch.open_store(data, settings.multi_user), BlockPresenter, caches)
     try:
         launch.load_first_model(built.models, settings)
         if settings.nowebui:

@@ -18,6 +18,7 @@ UserError                  anything whose message may be shown as it is, in the 
 ├── BadRequest             a field of an API request that cannot be followed (api/errors.py)
 │   └── PreviousResponseNotFound  previous_response_id leads nowhere (api/responses.py)
 ├── NotAvailable           a route of the API with nothing behind it (api/errors.py)
+├── DoesNotFit             too little memory for a model; the page may insist (ui/model_routes.py)
 ├── StaleRevision          the page's parameters are not the ones the server has (ui/routes.py)
 └── AccessDenied           not the owner, or asked by a foreign page
     ├── NotLoggedIn        no valid login (auth.py)

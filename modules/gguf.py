@@ -1,15 +1,16 @@
-"""Bounded reader of GGUF headers: what a model file says about itself, without its arrays and weights.
+"""Bounded reader of GGUF headers: what a model file says about itself, without its vocabulary and weights.
 
-The file is hostile until read: every length is checked against the file's size, arrays are skipped, counts are limited, tensors must lie
+The file is hostile until read: every length is checked against the file's size, long lists are skipped, counts are limited, tensors must lie
 inside the file and apart. Time and memory are bounded whatever the file says. Format: GGUF specification, ggml `docs/gguf.md`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,11 @@ MAX_KEYS = 65_536
 MAX_TENSORS = 100_000
 MAX_STRINGS = 4_000_000  # in all arrays together; the largest vocabularies with merges have under a million
 MAX_STRING = 4 << 20  # of a value that is kept: chat templates are the longest
+MAX_TEXT = 32 << 20  # of all values that are kept
 MAX_KEY = 65_535
+MAX_NAME = 512  # of a tensor; ggml allows 63 bytes
+MAX_LIST = 4096  # numbers of a list that is kept: those with one for each layer
+MAX_LISTED = 65_536  # in all of these together
 MAX_PARTS = 1000
 _BLOCK = 1 << 20
 
@@ -38,14 +43,40 @@ TENSOR_TYPES: dict[int, tuple[int, int]] = {
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """One tensor: `shape` with the numbers that lie together first, `kind` a key of TENSOR_TYPES or newer. `size` in bytes is 0 if newer."""
+
+    shape: tuple[int, ...]
+    kind: int
+    size: int
+    place: int = field(default=0, compare=False)
+    """Where its first byte is in the file."""
+
+    @property
+    def elements(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class Header:
-    """What stands before the weights. `metadata` holds the scalars and texts, not the arrays."""
+    """What stands before the weights.
+
+    `metadata` holds the scalars and texts, `lists` the short lists of numbers, `lengths` how long each list is.
+    """
 
     path: Path
     version: int
     file_size: int
-    n_tensors: int
     metadata: Mapping[str, Scalar]
+    lists: Mapping[str, tuple[int | float | bool, ...]]
+    lengths: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def n_tensors(self) -> int:
+        """In this file."""
+        return len(self.tensors)
 
     def of_architecture(self, key: str) -> Scalar | None:
         """The value of `<architecture>.<key>`."""
@@ -53,7 +84,7 @@ class Header:
 
     def _number(self, key: str) -> int:
         value = self.of_architecture(key)
-        return value if isinstance(value, int) else 0
+        return value if isinstance(value, int) and value > 0 else 0
 
     def _text(self, key: str) -> str:
         value = self.metadata.get(key)
@@ -118,6 +149,8 @@ class _Reader:
         self._start = 0  # position of the window in the file
         self._at = 0  # position in the window
         self.strings_left = MAX_STRINGS
+        self.text_left = MAX_TEXT
+        self.listed_left = MAX_LISTED
 
     @property
     def position(self) -> int:
@@ -178,7 +211,7 @@ class _Reader:
         self.skip(0)
 
 
-def _header(path: Path, reader: _Reader) -> Header:
+def _header(path: Path, reader: _Reader, later_part: bool = False) -> Header:
     if reader.size < 4 or reader.take(4) != b"GGUF":
         raise _Bad("is not a GGUF file. Choose a file that ends in .gguf, and download it again if it does.")
     version = reader.u32()
@@ -187,15 +220,21 @@ def _header(path: Path, reader: _Reader) -> Header:
     n_tensors, n_keys = reader.u64(), reader.u64()
     if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
         raise _Bad(f"is damaged: it claims {n_tensors} tensors and {n_keys} keys. Download or copy it again.")
-    metadata = _metadata(reader, n_keys)
-    if not isinstance(metadata.get("general.architecture"), str):
+    metadata, lists, lengths = _metadata(reader, n_keys)
+    if not later_part and not isinstance(metadata.get("general.architecture"), str):
         raise _Bad("does not say its architecture, so nothing can load it. Use another conversion of this model.")
-    _check_tensors(reader, n_tensors, _alignment(metadata))
-    return Header(path, version, reader.size, n_tensors, metadata)
+    tensors = _tensors(reader, n_tensors, _alignment(metadata))
+    return Header(path, version, reader.size, metadata, lists, lengths, tensors)
 
 
-def _metadata(reader: _Reader, count: int) -> dict[str, Scalar]:
+_Lists = dict[str, tuple[int | float | bool, ...]]
+
+
+def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Scalar], _Lists, dict[str, int]]:
+    """Scalars and texts, short lists of numbers, lengths of all lists."""
     metadata: dict[str, Scalar] = {}
+    lists: _Lists = {}
+    lengths: dict[str, int] = {}
     seen: set[str] = set()
     for _ in range(count):
         key = reader.string(MAX_KEY, "a key")
@@ -204,24 +243,36 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Scalar]:
         seen.add(key)
         kind = reader.u32()
         if kind == _ARRAY:
-            _skip_array(reader, key)
+            lengths[key], numbers = _list(reader, key)
+            if numbers is not None:
+                lists[key] = numbers
         elif kind == _STRING:
-            metadata[key] = reader.string(MAX_STRING, f"the value of {key[:60]!r}")
+            metadata[key] = text = reader.string(MAX_STRING, f"the value of {key[:60]!r}")
+            reader.text_left -= len(text)
         elif kind in _SCALARS:
             metadata[key] = reader.number(_SCALARS[kind])
         else:
             raise _Bad(f"is damaged: the key {key[:60]!r} has the unknown type {kind}. Download or copy it again.")
-    return metadata
+        reader.text_left -= len(key)
+        if reader.text_left < 0:
+            raise _Bad(f"has more than {MAX_TEXT} bytes of texts in its header. Use another conversion of this model.")
+    return metadata, lists, lengths
 
 
-def _skip_array(reader: _Reader, key: str) -> None:
+def _list(reader: _Reader, key: str) -> tuple[int, tuple[int | float | bool, ...] | None]:
+    """Length of a list, and what is in it if that is a few numbers."""
     kind, count = reader.u32(), reader.u64()
     if kind == _STRING:
         reader.skip_strings(count)
-    elif kind in _SCALARS:
-        reader.skip(count * struct.calcsize(_SCALARS[kind]))
-    else:
+    elif kind not in _SCALARS:
         raise _Bad(f"is damaged: the list {key[:60]!r} holds the type {kind}, which lists cannot. Download or copy it again.")
+    elif count <= min(MAX_LIST, reader.listed_left):
+        reader.listed_left -= count
+        form = f"<{count}{_SCALARS[kind][1]}"
+        return count, struct.unpack(form, reader.take(struct.calcsize(form)))
+    else:
+        reader.skip(count * struct.calcsize(_SCALARS[kind]))
+    return count, None
 
 
 def _alignment(metadata: Mapping[str, Scalar]) -> int:
@@ -231,40 +282,38 @@ def _alignment(metadata: Mapping[str, Scalar]) -> int:
     return alignment
 
 
-def _check_tensors(reader: _Reader, count: int, alignment: int) -> None:
-    names: set[str] = set()
-    spans: list[tuple[int, int]] = []
+def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors by name; they lie inside the file and apart."""
+    tensors: dict[str, Tensor] = {}
+    offsets: dict[str, int] = {}
     for _ in range(count):
-        name = reader.string(MAX_KEY, "a tensor's name")
-        if name in names:
+        name = reader.string(MAX_NAME, "a tensor's name")
+        if name in tensors:
             raise _Bad(f"is damaged: it has the tensor {name[:60]!r} twice. Download or copy it again.")
-        names.add(name)
-        spans.append(_tensor_span(reader, name, alignment))
+        offsets[name], tensors[name] = _tensor(reader, name, alignment)
     start = -(-reader.position // alignment) * alignment
     end = 0
-    for offset, size in sorted(spans):
+    for offset, size in sorted((offsets[name], tensor.size) for name, tensor in tensors.items()):
         if offset < end:
             raise _Bad("is damaged: its tensors overlap. Download or copy it again.")
         end = offset + size
         if start + end > reader.size:
             raise _Bad(f"is cut short: its weights need {start + end} bytes and it has {reader.size}. Download or copy it again.")
+    return {name: replace(tensor, place=start + offsets[name]) for name, tensor in tensors.items()}
 
 
-def _tensor_span(reader: _Reader, name: str, alignment: int) -> tuple[int, int]:
-    """(offset, bytes) of one tensor from the start of the weights."""
+def _tensor(reader: _Reader, name: str, alignment: int) -> tuple[int, Tensor]:
+    """A tensor, and where it begins, counted from the start of the weights."""
     n_dimensions = reader.u32()
     if n_dimensions > 4:
         raise _Bad(f"is damaged: the tensor {name[:60]!r} has {n_dimensions} dimensions. Download or copy it again.")
-    shape = [reader.u64() for _ in range(n_dimensions)]
+    shape = tuple(reader.u64() for _ in range(n_dimensions))
     kind, offset = reader.u32(), reader.u64()
     block, size = TENSOR_TYPES.get(kind, (1, 0))
     row = shape[0] if shape else 1
-    if row % block or offset % alignment:
+    if row % block or offset % alignment or any(length >= 1 << 63 for length in shape):
         raise _Bad(f"is damaged: the tensor {name[:60]!r} has a size or place that its type does not allow. Download or copy it again.")
-    elements = row
-    for length in shape[1:]:
-        elements *= length
-    return offset, elements // block * size
+    return offset, Tensor(shape, kind, math.prod(shape) // block * size)
 
 
 _PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
@@ -286,6 +335,19 @@ def mmproj_beside(model: Path) -> Path | None:
     files = [file for file in model.parent.glob("*.gguf") if is_first_part(file)]
     vision = [file for file in files if file.name.lower().startswith("mmproj")]
     return vision[0] if len(vision) == 1 and len(files) == 2 else None
+
+
+def looks_like_gguf(path: Path) -> bool:
+    """By its name; Ollama's files are named by their hashes only: those are looked into."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.name.startswith("sha256-"):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def is_first_part(path: Path) -> bool:
@@ -310,28 +372,38 @@ def part_files(path: Path) -> list[Path]:
     return [file.with_name(f"{match['stem']}-{part:05d}-of-{match['count']}.gguf") for part in range(1, count + 1)]
 
 
-def check_parts(header: Header) -> None:
-    """Raise ModelError unless `header` is a whole model, or the first part of one whose other parts lie beside it and can be read."""
+def check_parts(header: Header) -> tuple[Header, ...]:
+    """The headers of the later parts when `header` is the first part of a split model; () for a whole one.
+
+    Raises ModelError when it is a later part, or other parts are missing beside it or cannot be read.
+    """
     number, count = header.split
     if count == 1:
-        return
+        return ()
     match = _PART.match(header.path.name)
     if number != 0 or match is None:
         raise ModelError(f"{header.path.name} is a part of a model in {count} files. Choose the first part, and do not rename the parts.")
-    for part in range(2, count + 1):
-        other = header.path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf")
-        if not other.exists():
-            raise ModelError(f"{other.name} is missing: the model has {count} files. Download it into {other.parent}.")
-        read_part(other)
+    if count > MAX_PARTS:
+        raise ModelError(f"{header.path.name} says that its model has {count} files; at most {MAX_PARTS} can be read. Use another file of it.")
+    others = [header.path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(2, count + 1)]
+    missing = [other.name for other in others if not other.exists()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        verb = "is" if len(missing) == 1 else "are"
+        raise ModelError(
+            f"{', '.join(missing[:5])}{more} {verb} missing: the model has {count} files. Download what is missing into {header.path.parent}."
+        )
+    return tuple(read_part(other) for other in others)
 
 
-def read_part(path: Path) -> None:
-    """Check a later part of a split model, which has a header of its own without an architecture."""
+def read_part(path: Path) -> Header:
+    """A later part of a split model, which has a header of its own without an architecture. Raises ModelError."""
     try:
         with path.open("rb") as file:
-            reader = _Reader(file, path.stat().st_size)
-            if reader.size < 24 or reader.take(4) != b"GGUF" or reader.u32() not in (2, 3):
+            if file.read(4) != b"GGUF":
                 raise _Bad("is not a part of a GGUF model. Download it again.")
+            file.seek(0)
+            return _header(path, _Reader(file, path.stat().st_size), later_part=True)
     except OSError as error:
         raise ModelError(f"Cannot read {path}: {error.strerror or error}. Check the file and its permissions.") from error
     except _Bad as bad:

@@ -45,7 +45,9 @@ def user_data(root: Path, chosen: Settings) -> UserData:
     def folder(name: str) -> Path | None:
         return (root / Path(name).expanduser()).absolute() if name else None
 
-    return UserData(folder(chosen.user_data_dir) or root / "user_data", folder(chosen.model_dir), folder(chosen.lora_dir), folder(chosen.settings))
+    more = tuple(path for path in map(folder, chosen.more_model_dirs) if path)
+    data = folder(chosen.user_data_dir) or root / "user_data"
+    return UserData(data, folder(chosen.model_dir), folder(chosen.lora_dir), folder(chosen.settings), more)
 
 
 def open_store(data: UserData, multi_user: bool) -> Store:

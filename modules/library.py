@@ -125,12 +125,15 @@ def plain(text: str, field: str, file: str) -> str:
     return text
 
 
-def yaml_mapping(text: str, file: str, typed: bool = False) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty one. Without `typed` all its scalars are text. Raises SettingsError naming file and line."""
+def yaml_mapping(text: str, file: str, typed: bool = False, parts: int = _MAX_EVENTS) -> dict[str, Any]:
+    """The mapping in a YAML file of at most so many `parts`; empty for an empty one. Without `typed` all its scalars are text.
+
+    Raises SettingsError naming file and line.
+    """
     loader = yaml.SafeLoader if typed else yaml.BaseLoader
     try:
         for place, event in enumerate(yaml.parse(text, Loader=loader)):
-            if isinstance(event, yaml.AliasEvent) or place > _MAX_EVENTS:
+            if isinstance(event, yaml.AliasEvent) or place > parts:
                 raise SettingsError(f"{file} is more than such a file needs. Keep lines of the form 'name: value', without & and *.")
         found = yaml.load(text, Loader=loader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:

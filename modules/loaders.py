@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from modules.backends import echo, llama_cpp
+from modules.backends import echo, llama_cpp, openai_server, transformers
 from modules.backends.base import Loader
 from modules.errors import ModelError
 from modules.options import nearest
 
-LOADERS: tuple[Loader, ...] = (llama_cpp.LOADER, echo.LOADER)
+LOADERS: tuple[Loader, ...] = (llama_cpp.LOADER, transformers.LOADER, openai_server.LOADER, echo.LOADER)
 
 _LATER_PART = re.compile(r"-(?!0*1-of-)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
@@ -28,12 +29,17 @@ def named(name: str) -> Loader:
     raise ModelError(f"There is no loader {name[:60]!r} here; there are: {', '.join(known)}.{nearest(name[:60], known)}")
 
 
+def takes(path: Path) -> bool:
+    """Whether some loader takes the file or folder."""
+    return any(loader.detect(path) for loader in LOADERS)
+
+
 def detect(path: Path) -> Loader:
     """The loader for the model at `path`. Raises ModelError when none takes it."""
     for loader in LOADERS:
         if loader.detect(path):
             return loader
-    raise ModelError(f"No loader takes {path.name!r}. Use a .gguf file; other kinds of models are not in this version yet.")
+    raise ModelError(f"No loader takes {path.name!r}. Use a .gguf file, or a folder with a config.json and .safetensors files.")
 
 
 def list_models(folder: Path) -> list[str]:
@@ -46,11 +52,20 @@ def list_models(folder: Path) -> list[str]:
     paths = [
         path
         for path in folder.rglob("*")
-        if not _LATER_PART.search(path.name) and not path.name.startswith((".", "mmproj")) and any(loader.detect(path) for loader in LOADERS)
+        if not _LATER_PART.search(path.name) and not path.name.startswith("mmproj") and not _hidden(path, folder) and takes(path)
     ]
     around = {parent for path in paths for parent in path.parents}
     found = [path.relative_to(folder).as_posix() for path in paths if path not in around]
-    return sorted(found, key=_natural)
+    return natural_order(found)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted as people count: model-2 before model-10."""
+    return sorted(names, key=_natural)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -1,33 +1,41 @@
-"""ModelSlot: the one model in use. Loads, unloads, unloads when idle, and says who may generate.
+"""ModelSlot: the models in memory, as a rule one. Loads, unloads, unloads when idle, and says who may generate.
 
-A failed load leaves the former model in place. The slot never waits for a generation: unloading ends it, with a clear error.
+One of them is the current one, which the page uses; further ones are there for the API with --max-loaded-models. A load waits for the running
+replies of what has to go, and says so. Where memory suffices for both, the former model goes when the new one is ready; else it goes first, and
+is loaded again when the new one fails. Unloading does not wait: it ends replies, with a clear error.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from modules import loaders
+from modules import loaders, memory
+from modules.backends import openai_server
 from modules.backends.base import Adapter, Adapting, Backend, CancelToken, EngineStats, Loader, Measured
-from modules.errors import Busy, ModelError, NoModel, UserError
+from modules.devices import MAIN, devices
+from modules.errors import Busy, ModelError, NoModel, SettingsError, UserError
+from modules.inspect_model import inspect
 from modules.log import logger
+from modules.model_settings import FILE, ModelSettings
 from modules.options import Options
 from modules.paths import UserData, write_atomically
+from modules.places import Places
+from modules.turn_lock import TurnLock
 
-MAX_WAITING = 64
 IDLE_CHECK_SECONDS = 5.0
+PATIENCE = 600.0
+"""Seconds that a load waits for running replies, or a request for a load."""
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """What the page shows about the model."""
+    """What the page shows about the current model."""
 
     state: Literal["none", "loading", "ready", "failed"] = "none"
     name: str | None = None
@@ -49,13 +57,33 @@ class Choice:
     options: Options
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory."""
+
+    name: str
+    loader: str
+    memory: int
+    """Bytes of main memory."""
+    users: int
+    """Replies that are written, or wait for their turn."""
+    current: bool
+
+
 @dataclass
 class _Loaded:
     choice: Choice
     backend: Backend
-    turns: TurnLock
-    last_use: float = field(default_factory=time.monotonic)
+    status: ModelStatus
+    turns: TurnLock = field(default_factory=TurnLock)
+    last_use: float = 0.0
     users: int = 0
+    leaving: bool = False
+    """Nobody begins with it any more."""
+
+    def __post_init__(self) -> None:
+        self.last_use = time.monotonic()
+        self.own_template = self.backend.chat_template
 
 
 def measured(backend: Backend) -> Measured | None:
@@ -63,57 +91,51 @@ def measured(backend: Backend) -> Measured | None:
     return cast(Measured, backend) if "stats" in backend.features else None
 
 
-class TurnLock:
-    """The generation lock: one holder, first come first served, a bounded queue, and waiting that a cancel ends."""
+@dataclass(frozen=True)
+class Rules:
+    """What the settings say about models in memory."""
 
-    def __init__(self, max_waiting: int = MAX_WAITING) -> None:
-        self._condition = threading.Condition()
-        self._queue: deque[object] = deque()
-        self._max = max_waiting
-
-    @contextmanager
-    def turn(self, cancel: CancelToken) -> Iterator[bool]:
-        """Hold the lock inside; yields False, without the lock, if cancelled while waiting. Raises Busy when the queue is full."""
-        ticket = object()
-        with self._condition:
-            if len(self._queue) > self._max:
-                raise Busy("Too many replies are waiting for this model. Try again in a few seconds.", retry_after=5)
-            self._queue.append(ticket)
-        cancel.on_cancel(self._wake)
-        try:
-            with self._condition:
-                self._condition.wait_for(lambda: self._queue[0] is ticket or cancel.cancelled)
-                held = self._queue[0] is ticket and not cancel.cancelled
-            yield held
-        finally:
-            with self._condition:
-                self._queue.remove(ticket)
-                self._condition.notify_all()
-
-    def _wake(self) -> None:
-        with self._condition:
-            self._condition.notify_all()
+    idle_minutes: int = 0
+    """Without use, after which a model is unloaded. 0: never."""
+    most: int = 1
+    on_request: bool = False
+    """A request that names a model may load it."""
+    explicit: frozenset[str] = frozenset()
+    """Options given by flags: they win over what is saved for a model."""
 
 
 class ModelSlot:
-    """Holds at most one model. Every method may be called from any thread."""
+    """The models in memory. Every method may be called from any thread."""
 
-    def __init__(self, data: UserData, options: Mapping[type[Options], Options], idle_minutes: int = 0) -> None:
+    def __init__(
+        self,
+        data: UserData,
+        options: Mapping[type[Options], Options],
+        rules: Rules | None = None,
+        places: Places | None = None,
+        template: Callable[[str], str] | None = None,
+    ) -> None:
+        """`template` gives the text of an instruction template by name."""
         self.data = data
+        self.places = places or Places((data.models,), {})
+        self.settings = ModelSettings(data.models / FILE)
+        self.rules = rules or Rules()
         self.adapters: tuple[Adapter, ...] = ()
         """To use with every model that can (`--lora`)."""
         self._options = options
-        self._idle_seconds = idle_minutes * 60
+        self._template = template
         self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._loading: CancelToken | None = None
-        self._loaded: _Loaded | None = None
+        self._loaded: dict[str, _Loaded] = {}
+        self._current: _Loaded | None = None
         self._former: Choice | None = None  # given up for the load under way; in use again if that fails
         self._idle_choice: Choice | None = None
         self._status = ModelStatus()
         self._listeners: list[Callable[[], None]] = []
         self._on_load: list[Callable[[Backend], None]] = []
         self._closed = threading.Event()
-        if idle_minutes:
+        if self.rules.idle_minutes:
             threading.Thread(target=self._watch_idle, name="idle-unload", daemon=True).start()
 
     # --- asking ---------------------------------------------------------------------------------------------------------------------
@@ -121,12 +143,18 @@ class ModelSlot:
     def status(self) -> ModelStatus:
         """The present state; `memory` is read now."""
         with self._lock:
-            loaded, status = self._loaded, self._status
+            loaded, status = self._current, self._status
         if not loaded or status.state != "ready":
             return status
         if not loaded.backend.alive():
             return replace(status, text="The engine stopped. It is started again by itself.")
         return replace(status, memory=loaded.backend.memory())
+
+    def loaded(self) -> tuple[Loaded, ...]:
+        """The models in memory."""
+        with self._lock:
+            there = [(each, each is self._current) for each in self._loaded.values()]
+        return tuple(Loaded(each.choice.name, each.choice.loader.name, each.backend.memory(), each.users, current) for each, current in there)
 
     def stats(self) -> EngineStats | None:
         """What the engine does; None without a model, or when its engine does not tell. Never waits, and loads nothing."""
@@ -135,14 +163,15 @@ class ModelSlot:
         return engine.stats() if engine else None
 
     def names(self) -> list[str]:
-        """Names of the models in the model folder."""
-        return loaders.list_models(self.data.models)
+        """Names of all models, of a server named in the settings too. May wait some seconds for that one."""
+        remote = self._options.get(openai_server.LOADER.options)
+        return [*self.places.names(), *(openai_server.models(remote) if remote else ())]
 
     def last_used(self) -> str:
         """The name of the model that was loaded last, by an earlier run too, if it is still there; else ""."""
         try:
             name = self._last_file.read_text("utf-8")[:4096].strip()
-            return name if name and self.data.model_path(name) else ""
+            return name if name and self._path(name) else ""
         except (OSError, ValueError, UserError):
             return ""
 
@@ -166,27 +195,72 @@ class ModelSlot:
 
     @property
     def backend(self) -> Backend:
-        """The model in use; loads it again if it was unloaded for being idle. Raises NoModel."""
-        return self._current().backend
+        """The current model; loads it again if it was unloaded for being idle. Raises NoModel."""
+        while True:
+            with self._lock:
+                if self._current:
+                    return self._current.backend
+                choice = self._again()
+            self._load(choice, self._begin(choice))
 
     @property
     def file(self) -> Path | None:
-        """The file or folder of the model in memory."""
+        """The file or folder of the current model."""
         with self._lock:
-            return self._loaded.choice.path if self._loaded else None
+            return self._current.choice.path if self._current else None
+
+    def status_of(self, name: str) -> ModelStatus:
+        """The status of the model that `answering` named, as it was when it was loaded; that of the current one for "", or when it has gone."""
+        with self._lock:
+            loaded = self._loaded.get(name)
+            return loaded.status if loaded else self._status
+
+    def loaded_as(self, name: str) -> Backend | None:
+        """The model called `name` if it is in memory."""
+        with self._lock:
+            loaded = self._loaded.get(name)
+            return loaded.backend if loaded else None
 
     def loaded_backend(self) -> Backend | None:
-        """The model if it is there now. Unlike `backend` this never loads it again, and it is no use that keeps it from being idle."""
+        """The current model if it is there now. Unlike `backend` this never loads it again, and it is no use that keeps it from being idle."""
         with self._lock:
-            return self._loaded.backend if self._loaded and self._status.state == "ready" else None
+            return self._current.backend if self._current else None
+
+    def answering(self, name: str) -> str:
+        """The name of the model that answers a request for `name`: "" for the current one, which does so where the named one is not to be had."""
+        with self._lock:
+            current = self._current.choice.name if self._current else None
+            if name and name != current and (name in self._loaded or (self.rules.on_request and self._is_there(name))):
+                return name
+        return ""
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            return bool(self._path(name))
+        except UserError:
+            return False
 
     @contextmanager
-    def turn(self, cancel: CancelToken) -> Iterator[Backend | None]:
+    def use(self, name: str, cancel: CancelToken | None = None) -> Iterator[Backend]:
+        """The model called `name`, as `answering` gave it, kept in memory meanwhile; loads it if need be. Raises NoModel, Busy, ModelError."""
+        loaded = self._enter(name, cancel or CancelToken())
+        if loaded is None:
+            raise NoModel("The request was given up while the model was awaited.")
+        try:
+            yield loaded.backend
+        finally:
+            self._leave(loaded)
+
+    @contextmanager
+    def turn(self, cancel: CancelToken, name: str = "") -> Iterator[Backend | None]:
         """The model, and the right to generate with it: the lock, or a place in the engine's own batch when it has "parallel".
 
-        Yields None if cancelled while waiting. Raises NoModel, Busy.
+        `name`: as for `use`. Yields None if cancelled while waiting. Raises NoModel, Busy, ModelError.
         """
-        loaded = self._enter()
+        loaded = self._enter(name, cancel)
+        if loaded is None:
+            yield None
+            return
         try:
             if "parallel" in loaded.backend.features:
                 yield loaded.backend
@@ -194,50 +268,86 @@ class ModelSlot:
             with loaded.turns.turn(cancel) as held:
                 yield loaded.backend if held else None
         finally:
-            with self._lock:
-                loaded.users -= 1
-                loaded.last_use = time.monotonic()
+            self._leave(loaded)
 
-    def _enter(self) -> _Loaded:
-        """The model, counted as in use: from then on it is not idle."""
-        while True:
-            loaded = self._current()
-            with self._lock:
-                if loaded is self._loaded:
-                    loaded.users += 1
-                    return loaded
-
-    def _current(self) -> _Loaded:
+    def _leave(self, loaded: _Loaded) -> None:
         with self._lock:
-            if self._loaded:
-                return self._loaded
-            choice = self._idle_choice
-            if choice is None or self._loading:
-                raise NoModel(self._why_none())
-        self._load(choice, self._begin(choice))
-        return self._current()
+            loaded.users -= 1
+            loaded.last_use = time.monotonic()
+            self._changed.notify_all()
+
+    def _enter(self, name: str, cancel: CancelToken) -> _Loaded | None:
+        """The model, counted as in use: from then on it is not idle, and no load makes it go. None if cancelled while waiting."""
+        while True:
+            with self._lock:
+                found = self._loaded.get(name) if name else self._current
+                if found and not found.leaving:
+                    found.users += 1
+                    return found
+                if not name:
+                    choice = self._again()
+                elif self._loading:
+                    if not self._wait(lambda: not self._loading, cancel):
+                        return None
+                    continue
+            if name:
+                if not self.rules.on_request:
+                    raise NoModel(f"The model {name!r} is not loaded any more. Send again, or name another one.")
+                choice = self.choose(name)
+            try:
+                self._load(choice, self._begin(choice), take_over=not name)
+            except Busy:
+                if not name:
+                    raise  # another load began in between; a request that named a model waits for it
+
+    def _again(self) -> Choice:
+        """The model that was unloaded for being idle. Raises NoModel."""
+        if self._idle_choice is None or self._loading:
+            raise NoModel(self._why_none())
+        return self._idle_choice
 
     def _why_none(self) -> str:
         if self._loading:
             return "The model is still loading. Your text is kept; send it again when the model is ready."
         return "No model is loaded. Choose one on the Model tab and press Load; your text is kept."
 
-    # --- changing -------------------------------------------------------------------------------------------------------------------
+    def _wait(self, true: Callable[[], bool], cancel: CancelToken) -> bool:
+        """Wait, holding the lock, until `true()`; False if cancelled. Raises Busy when it takes too long."""
+        cancel.on_cancel(self._wake)
+        if not self._changed.wait_for(lambda: true() or cancel.cancelled or self._closed.is_set(), PATIENCE):
+            raise Busy("Replies of the model that has to go are still running. Stop them, or try again later.", retry_after=30)
+        return true()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+
+    # --- choosing -------------------------------------------------------------------------------------------------------------------
 
     def choose(self, name: str, loader: str = "", options: Mapping[str, Any] | None = None, *, anywhere: bool = False) -> Choice:
-        """What loading `name` would mean. `anywhere` allows a path outside the model folder (the command line only).
+        """What loading `name` would mean: with what is configured, what is saved for the model unless a flag says otherwise, and `options`.
 
-        Raises NotFound, NameError_, ModelError or SettingsError.
+        `anywhere` allows a path outside the places of models (the command line only). Raises NotFound, NameError_, ModelError or SettingsError.
         """
         literal = Path(name).expanduser()
-        path = literal if anywhere and literal.exists() else self.data.model_path(name)
-        found = loaders.named(loader) if loader else loaders.detect(path)
+        path = literal if anywhere and literal.exists() else self._path(name)
+        known = path.name if path is literal else name
+        saved = self.settings.get(known)
+        wanted = loader or saved.loader
+        found = loaders.named(wanted) if wanted else openai_server.LOADER if name.startswith(openai_server.PREFIX) else loaders.detect(path)
         configured = self._options.get(found.options) or found.options()
+        fields = found.options.model_fields
         if not loader:  # who lets the loader be found cannot know whose options count: those of the others are left out
-            others = {name for other in loaders.LOADERS for name in other.options.model_fields} - set(found.options.model_fields)
+            others = {name for other in loaders.LOADERS for name in other.options.model_fields} - set(fields)
             options = {name: value for name, value in (options or {}).items() if name not in others}
-        chosen = self._with_files(configured.replace(options or {}, found.name), configured)
-        return Choice(path.name if path is literal else name, path, found, chosen)
+        _refuse_start_only(found, options or {})
+        stored = {name: value for name, value in saved.options.items() if name in fields and name not in self.rules.explicit}
+        start_only = {name for name, knob in found.options.knobs().items() if knob.start_only}
+        usual = configured.replace({name: value for name, value in stored.items() if name not in start_only}, str(self.settings.path))
+        return Choice(known, path, found, self._with_files(usual.replace(options or {}, found.name), configured))
+
+    def _path(self, name: str) -> Path:
+        return Path(name) if name.startswith(openai_server.PREFIX) else self.places.path(name)
 
     def _with_files(self, options: Options, configured: Options) -> Options:
         """`options` with the names of files as paths. What was configured where the server starts may be a path already."""
@@ -249,6 +359,22 @@ class ModelSlot:
                 trusted = value == getattr(configured, name) and literal.exists()
                 paths[name] = str(literal.absolute() if trusted else self.data.file(knob.file, value))
         return options.replace(paths) if paths else options
+
+    def use_template(self, name: str) -> None:
+        """Let the model called `name`, if it is in memory, use the instruction template that is saved for it, or its own. Raises NotFound, …"""
+        with self._lock:
+            loaded = self._loaded.get(name)
+        if loaded:
+            self._apply_template(loaded)
+            self._tell()
+
+    def _apply_template(self, loaded: _Loaded) -> None:
+        saved = self.settings.get(loaded.choice.name).instruction_template
+        wanted = self._template(saved) if saved and self._template else loaded.own_template
+        if loaded.backend.chat_template != wanted:
+            loaded.backend.chat_template = wanted
+
+    # --- loading --------------------------------------------------------------------------------------------------------------------
 
     def load(self, choice: Choice) -> None:
         """Load, and return when it is done. Raises ModelError (the former model is then in use again) or Busy."""
@@ -266,23 +392,33 @@ class ModelSlot:
         if cancel:
             cancel.cancel()
 
-    def unload(self) -> None:
-        """Free the model; running replies end with an error and what they had so far. A load under way is cancelled."""
+    def unload(self, name: str | None = None) -> None:
+        """Free a model, or all; running replies end with an error and what they had so far. A load under way is cancelled with all."""
         with self._lock:
-            self._former = None
-            self.cancel_loading()
-            loaded, self._loaded, self._idle_choice = self._loaded, None, None
-            if not self._loading:
+            gone = [each for each in self._loaded.values() if name in (None, each.choice.name)]
+            if name is None:
+                self._former = self._idle_choice = None
+                self.cancel_loading()
+            for each in gone:
+                self._forget(each)
+            if not self._loading and not self._current and (gone or name is None):
                 self._status = ModelStatus()
-        if loaded:
-            loaded.backend.unload()
-            logger.info("Unloaded %s", loaded.choice.name)
+        for each in gone:
+            each.backend.unload()
+            logger.info("Unloaded %s", each.choice.name)
         self._tell()
 
     def close(self) -> None:
         """Unload and stop watching."""
         self._closed.set()
+        self._wake()
         self.unload()
+
+    def _forget(self, loaded: _Loaded) -> None:
+        if self._loaded.get(loaded.choice.name) is loaded:
+            del self._loaded[loaded.choice.name]
+        if self._current is loaded:
+            self._current = None
 
     def _begin(self, choice: Choice) -> CancelToken:
         with self._lock:
@@ -300,20 +436,60 @@ class ModelSlot:
         except Exception:  # noqa: BLE001  a thread's top: the status must not stay "loading" for ever
             logger.exception("Loading %s failed", choice.name)
 
-    def _load(self, choice: Choice, cancel: CancelToken) -> None:
+    def _load(self, choice: Choice, cancel: CancelToken, take_over: bool = True) -> None:
+        """Load; with `take_over` the model is the current one then, else only where none is."""
         with self._lock:
-            loaded, self._loaded, self._idle_choice = self._loaded, None, None
-            self._former = loaded.choice if loaded else None
+            self._idle_choice, self._former = None, None
         began = time.monotonic()
         try:
-            if loaded:  # first, because memory for two models may not be there
-                loaded.backend.unload()
-            backend = choice.loader.load(choice.path, choice.options, self._progress(choice, cancel), cancel)
+            later = self._make_room(choice, cancel)
+            options = _with_layers(choice)
+            backend = choice.loader.load(choice.path, options, self._progress(choice, cancel), cancel)
             self._adapt(backend)
-            self._ready(choice, backend, cancel, time.monotonic() - began)
+            self._ready(choice, backend, cancel, time.monotonic() - began, later, take_over)
         except BaseException as error:
             self._failed(choice, cancel, error)
             raise
+        for each in later:
+            self._retire(each, CancelToken())
+        _compare(choice, backend)
+
+    def _make_room(self, choice: Choice, cancel: CancelToken) -> list[_Loaded]:
+        """Unload what has to go before the load; what can stay until the new one is ready is returned. Raises ModelError if cancelled, Busy."""
+        with self._lock:
+            by_use = sorted(self._loaded.values(), key=lambda each: (each.users > 0, each.last_use))
+            same = [each for each in by_use if each.choice.name == choice.name]
+            others = [each for each in by_use if each not in same]
+        too_many = max(0, len(others) + 1 - self.rules.most)
+        going, staying = [*same, *others[:too_many]], others[too_many:]
+        if not by_use:
+            return []
+        fits = _fits(choice)
+        if fits:
+            return going
+        while going or (fits is False and staying):
+            self._retire(going.pop(0) if going else staying.pop(0), cancel)
+            if fits is False and (fits := _fits(choice)):
+                return going
+        return []
+
+    def _retire(self, loaded: _Loaded, cancel: CancelToken) -> None:
+        """Unload a model when its replies have ended; nobody begins with it meanwhile. Raises ModelError if cancelled, Busy."""
+        with self._lock:
+            loaded.leaving = True
+            try:
+                if loaded.users and self._status.state == "loading":
+                    self._set(replace(self._status, text=f"Waiting for {loaded.users} running replies of {loaded.choice.name}…"))
+                if not self._wait(lambda: not loaded.users, cancel):
+                    raise ModelError("Loading was cancelled.")
+            except UserError:
+                loaded.leaving = False
+                raise
+            if self._current is loaded:
+                self._former = loaded.choice
+            self._forget(loaded)
+        loaded.backend.unload()
+        logger.info("Unloaded %s", loaded.choice.name)
 
     def _adapt(self, backend: Backend) -> None:
         """Load the adapters. The model goes without one that does not fit it."""
@@ -332,7 +508,7 @@ class ModelSlot:
 
         return progress
 
-    def _ready(self, choice: Choice, backend: Backend, cancel: CancelToken, seconds: float) -> None:
+    def _ready(self, choice: Choice, backend: Backend, cancel: CancelToken, seconds: float, later: list[_Loaded], take_over: bool) -> None:
         status = ModelStatus(
             "ready",
             choice.name,
@@ -342,13 +518,23 @@ class ModelSlot:
             backend.context_length,
             samplers=tuple(sorted(choice.loader.samplers)),
         )
+        loaded = _Loaded(choice, backend, status)
+        try:
+            self._apply_template(loaded)
+        except UserError as error:  # it is gone, or wrong: the model has its own
+            logger.error("%s", error)
         with self._lock:
             wanted = not (cancel.cancelled or self._closed.is_set())
             if wanted:
                 self._loading = self._former = None
-                self._loaded, self._status = _Loaded(choice, backend, TurnLock()), status
+                for each in later:
+                    self._forget(each)
+                self._loaded[choice.name] = loaded
+                self._current = loaded if take_over or not self._current else self._current
+                self._status = self._current.status
                 for told in self._on_load:
                     told(backend)
+                self._changed.notify_all()
         if not wanted:
             backend.unload()
             raise ModelError("Loading was cancelled.")
@@ -360,17 +546,18 @@ class ModelSlot:
         words = str(error) if isinstance(error, UserError) else f"Loading failed: {type(error).__name__}. The terminal has the details."
         with self._lock:
             self._loading = None
-            former = None if self._closed.is_set() else self._former
+            former = None if self._closed.is_set() or self._current else self._former
             again = self._begin(former) if former else None
         if former and again:
             self._restore(former, again)
-            words += f" {former.name} is in use again." if self._loaded else ""
+            words += f" {former.name} is in use again." if self._current else ""
         status = ModelStatus("failed", choice.name, choice.loader.name, text=words)
         if cancel.cancelled:
             status = ModelStatus(text="Loading was cancelled.")
         with self._lock:
             if not self._loading:  # else the next load has begun meanwhile
-                self._status = replace(self._status, text=words) if self._loaded else status
+                self._status = replace(self._current.status, text=words) if self._current else status
+            self._changed.notify_all()
         self._tell()
 
     def _restore(self, former: Choice, cancel: CancelToken) -> None:
@@ -386,18 +573,21 @@ class ModelSlot:
             self.unload_if_idle()
 
     def unload_if_idle(self) -> None:
-        """Free the model if nobody used it for the idle time; the next use loads it again."""
+        """Free the models that nobody used for the idle time; the next use loads the current one again."""
+        minutes = self.rules.idle_minutes
         with self._lock:
-            loaded = self._loaded
-            if not loaded or loaded.users or time.monotonic() - loaded.last_use < self._idle_seconds:
-                return
-            self._loaded, self._idle_choice = None, loaded.choice
-            self._status = ModelStatus(
-                "none", loaded.choice.name, text=f"{loaded.choice.name} was unloaded while idle; the next message loads it again."
-            )
-        loaded.backend.unload()
-        logger.info("Unloaded %s after %d minutes without use", loaded.choice.name, self._idle_seconds // 60)
-        self._tell()
+            before = time.monotonic() - minutes * 60
+            idle = [each for each in self._loaded.values() if not each.users and each.last_use <= before]
+            for each in idle:
+                if each is self._current:
+                    name, self._idle_choice = each.choice.name, each.choice
+                    self._status = ModelStatus("none", name, text=f"{name} was unloaded while idle; the next message loads it again.")
+                self._forget(each)
+        for each in idle:
+            each.backend.unload()
+            logger.info("Unloaded %s after %d minutes without use", each.choice.name, minutes)
+        if idle:
+            self._tell()
 
     def _set(self, status: ModelStatus) -> None:
         with self._lock:
@@ -409,3 +599,42 @@ class ModelSlot:
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
+
+
+def _fits(choice: Choice) -> bool | None:
+    """Whether the model fits into the memory that is free now; None where that cannot be said, as of a file that is no model."""
+    try:
+        machine = memory.usable(choice.options, devices())
+        return memory.fits(memory.estimate(inspect(choice.path), choice.options, machine), machine)
+    except UserError:
+        return None
+
+
+def _compare(choice: Choice, backend: Backend) -> None:
+    """Log what was expected of the model's memory beside what it is."""
+    if not choice.loader.own_process:
+        return
+    with suppress(UserError):
+        found = memory.estimate(inspect(choice.path), choice.options, memory.usable(choice.options, devices()))
+        logger.info("%s", memory.compared(found, backend.memory()))
+
+
+def _with_layers(choice: Choice) -> Options:
+    """The options, with as many layers on the GPUs as fit there where that is left to us (gpu_layers −1)."""
+    if getattr(choice.options, "gpu_layers", 0) != -1:
+        return choice.options
+    machine = memory.usable(choice.options, devices())
+    if all(device.name == MAIN for device in machine):
+        return choice.options
+    try:
+        return choice.options.replace({"gpu_layers": memory.best_gpu_layers(inspect(choice.path), choice.options, machine)})
+    except UserError:  # the loader says better what is wrong
+        return choice.options
+
+
+def _refuse_start_only(loader: Loader, options: Mapping[str, Any]) -> None:
+    """Raise SettingsError for an option that only who starts the server may set."""
+    knobs = loader.options.knobs()
+    for name in options:
+        if name in knobs and knobs[name].start_only:
+            raise SettingsError(f"{name} can only be given when the server is started: --{name.replace('_', '-')}.")

@@ -41,13 +41,15 @@ def knob(
     multiline: bool = False,
     later: bool = False,
     file: str = "",
+    start_only: bool = False,
 ) -> Any:
     """Declare one option, as the default value of a field of an Options class.
 
     `range` is (minimum, maximum, step) of the control in the page; `bounds` are the hard limits everywhere, None for none.
     `source` names a paper or specification. `flags` are further spellings of the command-line flag; `flag=False` gives it none.
     `later` marks a name kept from the earlier system whose capability is not here yet: it is accepted, with a warning. `file` marks the name of
-    a file and says of which kind (see `UserData.file`); where the value comes from the page it is a name, never a path.
+    a file and says of which kind (see `UserData.file`); where the value comes from the page it is a name, never a path. `start_only` marks
+    what only who starts the server may decide, because it weakens protection: neither the page nor the API offers or takes it.
     """
     low, high = bounds
     extra: Any = {
@@ -60,6 +62,7 @@ def knob(
         "multiline": multiline,
         "later": later,
         "file": file,
+        "start_only": start_only,
     }
     return Field(default, description=help, ge=low, le=high, json_schema_extra={"knob": extra})
 
@@ -84,6 +87,7 @@ class Knob:
     multiline: bool = False
     later: bool = False
     file: str = ""
+    start_only: bool = False
 
     @property
     def label(self) -> str:

@@ -83,6 +83,8 @@ class UserData:
     model_dir: Path | None = None
     lora_dir: Path | None = None
     settings_file: Path | None = None
+    more_models: tuple[Path, ...] = ()
+    """Further folders of models."""
 
     @property
     def models(self) -> Path:
@@ -187,16 +189,9 @@ class UserData:
         except OSError as error:
             raise DataError(f"Cannot create {error.filename}: {error.strerror}. Choose a writable folder with --user-data-dir.") from error
 
-    def model_path(self, name: str) -> Path:
-        """The existing file or folder of the model called `name` (relative to the model folder). Raises NotFound."""
-        path = inside(self.models, name, "model name")
-        if not path.exists():
-            raise NotFound(f"There is no model {name!r} in {self.models}. Put it there, or choose one from the list on the Model tab.")
-        return path
-
     def file(self, kind: str, name: str) -> Path:
         """The existing file or folder called `name`: of kind "model", "mmproj" (looked for among the models too) or "lora". Raises NotFound."""
-        folders = {"model": (self.models,), "mmproj": (self.mmproj, self.models), "lora": (self.loras,)}[kind]
+        folders = {"model": (self.models, *self.more_models), "mmproj": (self.mmproj, self.models), "lora": (self.loras,)}[kind]
         for folder in folders:
             path = inside(folder, name, f"{kind} name")
             if path.exists():

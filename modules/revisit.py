@@ -124,6 +124,6 @@ def _hash(app: App, details: Any) -> str | None:
     if details.get("model_hash") or not details.get("model_stamp"):
         return details.get("model_hash")
     try:
-        return app.hashes.get(app.data.model_path(str(details.get("model"))), details["model_stamp"])
+        return app.hashes.get(app.models.places.path(str(details.get("model"))), details["model_stamp"])
     except UserError:
         return None

@@ -36,12 +36,17 @@ class Settings(Options):
         metavar="NAME",
     )
     model_dir: str = knob("", "Folder of models, instead of models/ in the user data.", group=BASIC, metavar="PATH")
+    more_model_dirs: tuple[str, ...] = knob((), "Further folders of models, which are listed too.", group=BASIC, metavar="PATH")
+    only_own_models: bool = knob(False, "Do not list the models of LM Studio, Ollama and the Hugging Face cache.", group=BASIC)
     lora_dir: str = knob("", "Folder of LoRA adapters, instead of loras/ in the user data.", group=BASIC, metavar="PATH")
     model_menu: bool = knob(False, "Choose the model from a list on the terminal.", group=BASIC)
     settings: str = knob("", "Settings file to use instead of settings.yaml in the user data.", group=BASIC, metavar="PATH")
     extensions: tuple[str, ...] = knob((), "Extensions to load, in this order.", group=BASIC, metavar="NAME", later=True)
     verbose: bool = knob(False, "Print prompts and parameters to the terminal.", group=BASIC)
     idle_timeout: int = knob(0, "Unload the model after so many minutes without use. 0 is never.", bounds=(0, None), group=BASIC, metavar="MINUTES")
+    max_loaded_models: int = knob(
+        1, "Models in memory at once; the one used least recently goes first.", bounds=(1, 64), group=BASIC, metavar="NUMBER"
+    )
     load_last_model: bool = knob(False, "Load the model that was used last at start, unless --model names one.", group=BASIC)
     no_prefill_ahead: bool = knob(False, "Do not compute the prompt while it is typed.", group=BASIC)
 
@@ -67,6 +72,7 @@ class Settings(Options):
     api_disable_ipv4: bool = knob(False, "Do not serve the API over IPv4.", group=API, later=True)
     public_api: bool = knob(False, "Publish the API through a tunnel.", group=API, later=True)
     public_api_id: str = knob("", "Name of that tunnel.", group=API, metavar="ID", later=True)
+    load_on_request: bool = knob(False, "Let a request to the API load the model that it names.", group=API)
     nowebui: bool = knob(False, "Serve the API without the page.", group=API)
 
     @field_validator("dark_theme", mode="before")

@@ -19,7 +19,7 @@ def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
     Close it on its own thread or set `request.cancel` from any: the place is free within one step. Stop strings are not applied here.
     Raises NoModel, Busy, PromptTooLong, EngineDied.
     """
-    with app.metrics.generation() as measure, app.models.turn(request.cancel) as backend:
+    with app.metrics.generation() as measure, app.models.turn(request.cancel, request.model) as backend:
         measure.admitted()
         if backend is None:
             yield Chunk(finish_reason="cancelled")

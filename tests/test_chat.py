@@ -7,6 +7,7 @@ from modules.auth import Identity
 from modules.chat import MAX_MESSAGE_CHARACTERS
 from modules.conversation import Conversation
 from modules.errors import Busy, DataError, EngineDied, NoModel, NotFound, PromptError, PromptTooLong, SettingsError, UserError
+from modules.models import Rules
 from tests.fakes import WAIT, make_app, until
 
 ANNA, BERT = Identity("anna", "anna-browser"), Identity("bert", "bert-browser")
@@ -590,8 +591,8 @@ def test_without_a_model_nothing_is_computed_or_loaded(app, ready):
 
 
 def test_a_model_unloaded_for_being_idle_stays_so_and_one_in_use_ahead_counts_as_idle(app, ready):
-    app.models._idle_seconds = 60
-    app.models._loaded.last_use -= 61
+    app.models.rules = Rules(idle_minutes=1)
+    app.models._current.last_use -= 61
     assert ahead(app, "Tell me") is not None
     ready.hold_prefills()
     chat.ahead(app, ANNA, None, "Tell me of it", revision(app, ANNA))

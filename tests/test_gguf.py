@@ -139,6 +139,28 @@ def test_hostile_headers_are_named(tmp_path, content, words):
     assert words in refused(tmp_path, content)
 
 
+def test_tensors_and_lists_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    windows = pair("llama.windows", 9, struct.pack("<IQ???", 7, 3, True, False, True))
+    path.write_bytes(build([*PAIRS, windows]))
+    header = gguf.read_header(path)
+    assert header.tensors == {"a": gguf.Tensor((32, 2), 0, 256), "b": gguf.Tensor((32,), 8, 34)} and header.tensors["a"].elements == 64
+    assert header.lists == {"tokenizer.ggml.scores": (0.0, 1.0, 2.0), "llama.windows": (True, False, True)}
+    assert header.lengths == {"tokenizer.ggml.tokens": 3, "tokenizer.ggml.scores": 3, "llama.windows": 3}
+    monkeypatch.setattr(gguf, "MAX_LIST", 2)
+    assert gguf.read_header(path).lists == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf, "MAX_LISTED", 5)
+    assert list(gguf.read_header(path).lists) == ["tokenizer.ggml.scores"]
+
+
+def test_what_is_kept_of_texts_is_limited_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "MAX_TEXT", 60)
+    assert "more than 60 bytes of texts" in refused(tmp_path, build())
+    monkeypatch.undo()
+    assert "a tensor's name" in refused(tmp_path, build(PAIRS, [tensor("x" * 600, [32], 0, 0)]))
+
+
 def test_a_text_too_long_to_keep_is_refused_but_arrays_of_any_size_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "MAX_STRING", 10)
     assert "more than the 10 allowed" in refused(tmp_path, build())
@@ -229,6 +251,12 @@ def test_parts_of_a_split_model(tmp_path):
         gguf.check_parts(header)
     with pytest.raises(ModelError, match="do not rename"):
         gguf.check_parts(split_part(tmp_path, 0, "renamed.gguf"))
+
+
+def test_a_model_in_too_many_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "MAX_PARTS", 1)
+    with pytest.raises(ModelError, match="at most 1 can be read"):
+        gguf.check_parts(split_part(tmp_path, 0, "m-00001-of-00002.gguf"))
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):

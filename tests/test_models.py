@@ -7,7 +7,8 @@ import pytest
 from modules import loaders, models
 from modules.backends.base import Adapter, CancelToken, EngineStats, GenerationRequest, adapters_of
 from modules.errors import Busy, EngineDied, ModelError, NameError_, NoModel, NotFound, SettingsError
-from modules.models import ModelSlot, ModelStatus, TurnLock
+from modules.models import ModelSlot, ModelStatus, Rules
+from modules.turn_lock import TurnLock
 from modules.options import Options, knob
 from modules.paths import UserData
 from tests.fakes import WAIT, FakeBackend, FakeEngine, FakeOptions, until
@@ -368,10 +369,10 @@ def test_one_at_a_time_otherwise(slot, engine):
                 return second
 
         join = run(wait)
-        until(lambda: len(slot._loaded.turns._queue) == 2)
+        until(lambda: len(slot._current.turns._queue) == 2)
         cancel.cancel()
         assert join() is None
-    assert slot._loaded.users == 0
+    assert slot.loaded()[0].users == 0
 
 
 def waiting(lock, order, name, cancel=None):
@@ -439,7 +440,159 @@ def test_an_error_inside_gives_the_lock_back():
         assert held
 
 
+# --- several models, and room for them ----------------------------------------------------------------------------------------------
+
+
+def test_a_load_waits_for_running_replies_and_says_so(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    with slot.turn(CancelToken()):
+        join = run(slot.load, slot.choose("b.fake"))
+        until(lambda: slot.status().text == "Waiting for 1 running replies of a.fake…")
+        assert not engine.loaded[0].unloaded and slot.backend is engine.loaded[0]  # a running reply may ask it
+        with pytest.raises(NoModel, match="still loading"), slot.turn(CancelToken()):
+            pass
+    assert join() is None and engine.loaded[0].unloaded and slot.backend is engine.loaded[1]
+
+
+def test_a_waiting_load_can_be_cancelled_and_changes_nothing(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    with slot.turn(CancelToken()):
+        join = run(slot.load, slot.choose("b.fake"))
+        until(lambda: slot.status().text.startswith("Waiting"))
+        slot.cancel_loading()
+        assert isinstance(join(), ModelError)
+        assert slot.status().state == "ready" and slot.status().name == "a.fake"
+    with slot.turn(CancelToken()) as backend:
+        assert backend is engine.loaded[0] and not backend.unloaded
+
+
+def test_a_wait_has_a_limit(slot, engine, monkeypatch):
+    monkeypatch.setattr(models, "PATIENCE", 0.05)
+    slot.load(slot.choose("a.fake"))
+    with slot.turn(CancelToken()), pytest.raises(Busy, match="still running"):
+        slot.load(slot.choose("b.fake"))
+    assert slot.backend is engine.loaded[0]
+
+
+def test_where_memory_suffices_the_former_model_stays_until_the_next_is_there(slot, engine, monkeypatch):
+    monkeypatch.setattr(models, "_fits", lambda choice: True)
+    slot.load(slot.choose("a.fake"))
+    join = hold(engine, slot, "b.fake")
+    with slot.turn(CancelToken()) as backend:
+        assert backend is engine.loaded[0] and not backend.unloaded
+        engine.go.set()
+        until(lambda: slot.status().name == "b.fake")
+        assert not backend.unloaded  # its reply runs
+    assert join() is None and engine.loaded[0].unloaded and [each.name for each in slot.loaded()] == ["b.fake"]
+    engine.errors["c.fake"] = ModelError("broken")
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("c.fake"))
+    assert slot.backend is engine.loaded[1] and slot.status().state == "ready" and slot.status().text == "broken"
+
+
+@pytest.fixture
+def several(slot):
+    slot.rules = Rules(most=2, on_request=True)
+    return slot
+
+
+def test_the_model_used_least_recently_goes_first(several, engine, monkeypatch):
+    monkeypatch.setattr(models.time, "monotonic", clock := Clock())
+    for name in ("a.fake", "b.fake"):
+        several.load(several.choose(name))
+        clock.now += 1
+    assert {each.name: each.current for each in several.loaded()} == {"a.fake": False, "b.fake": True}
+    with several.use("a.fake") as backend:
+        assert backend is engine.loaded[0]
+    clock.now += 1
+    several.load(several.choose("c.fake"))
+    assert {each.name for each in several.loaded()} == {"a.fake", "c.fake"} and engine.loaded[1].unloaded
+    several.unload("a.fake")
+    assert [each.name for each in several.loaded()] == ["c.fake"] and several.status().name == "c.fake"
+
+
+def test_a_request_loads_the_model_that_it_names_and_the_page_keeps_its_own(several, engine):
+    several.load(several.choose("a.fake"))
+    assert several.answering("b.fake") == "b.fake" and several.answering("nowhere.fake") == several.answering("a.fake") == ""
+    with several.turn(CancelToken(), "b.fake") as backend:
+        assert backend is engine.loaded[1] and several.backend is engine.loaded[0] and several.status().name == "a.fake"
+    several.rules = Rules(most=1, on_request=True)
+    with several.turn(CancelToken(), "c.fake") as backend:
+        assert backend is several.backend and [each.name for each in several.loaded()] == ["c.fake"]
+
+
+def test_without_leave_a_request_loads_nothing(slot, engine):
+    slot.load(slot.choose("a.fake"))
+    assert slot.answering("b.fake") == ""
+    with pytest.raises(NoModel, match="not loaded any more"), slot.turn(CancelToken(), "b.fake"):
+        pass
+
+
+def test_requests_for_one_model_wait_for_one_load(several, engine):
+    several.load(several.choose("a.fake"))
+    engine.go.clear()
+
+    def ask():
+        with several.turn(CancelToken(), "b.fake") as backend:
+            return backend
+
+    joins = [run(ask) for _ in range(3)]
+    until(lambda: several.status().state == "loading")
+    engine.go.set()
+    assert {join() for join in joins} == {engine.loaded[1]}
+
+
+def test_a_request_that_is_given_up_waits_no_longer(several, engine):
+    join = hold(engine, several, "a.fake")
+    cancel = CancelToken()
+
+    def ask():
+        with several.turn(cancel, "b.fake") as backend:
+            return backend
+
+    asked = run(ask)
+    cancel.cancel()
+    assert asked() is None
+    engine.go.set()
+    join()
+
+
+# --- what is saved for a model ------------------------------------------------------------------------------------------------------
+
+
+def test_saved_options_count_unless_a_flag_or_the_page_says_otherwise(slot):
+    slot.settings.save("a.fake", "fake", {"fake_size": 3, "other": 1})
+    assert slot.choose("a.fake").options.fake_size == 3 and slot.choose("b.fake").options.fake_size == 5
+    assert slot.choose("a.fake", options={"fake_size": 4}).options.fake_size == 4
+    slot.rules = Rules(explicit=frozenset({"fake_size"}))
+    assert slot.choose("a.fake").options.fake_size == 5
+
+
+def test_a_wrong_saved_value_is_told_with_its_file(slot):
+    slot.settings.save("a.fake", "fake", {"fake_size": 99})
+    with pytest.raises(SettingsError, match=r"config-user\.yaml: fake_size cannot be 99"):
+        slot.choose("a.fake")
+
+
+def test_a_saved_template_is_used_from_the_load_on_and_changed_at_once(slot, engine):
+    slot._template = {"Mine": "{{ mine }}"}.__getitem__
+    slot.settings.set_template("a.fake", "Mine")
+    slot.load(slot.choose("a.fake"))
+    assert slot.backend.chat_template == "{{ mine }}"
+    slot.settings.set_template("a.fake", "")
+    slot.use_template("a.fake")
+    assert slot.backend.chat_template is None
+
+
 # --- idle ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
 
 
 @pytest.fixture
@@ -447,9 +600,9 @@ def idle(slot, monkeypatch):
     """A slot that unloads after a minute, its loaded model, and a way to let time pass."""
     now = [time.monotonic()]
     monkeypatch.setattr(models.time, "monotonic", lambda: now[0])
-    slot._idle_seconds = 60
+    slot.rules = Rules(idle_minutes=1)
     slot.load(slot.choose("a.fake"))
-    slot._loaded.last_use = now[0]
+    slot._current.last_use = now[0]
 
     def sleep(seconds):
         now[0] += seconds
@@ -505,9 +658,10 @@ def test_the_watcher_unloads_by_itself(engine, tmp_path, monkeypatch):
     data = UserData(tmp_path)
     data.create()
     (data.models / "a.fake").touch()
-    slot = ModelSlot(data, {}, idle_minutes=1)
-    slot._idle_seconds = 0
+    monkeypatch.setattr(models.time, "monotonic", clock := Clock())
+    slot = ModelSlot(data, {}, Rules(idle_minutes=1))
     slot.load(slot.choose("a.fake"))
+    clock.now += 61
     until(lambda: engine.loaded[0].unloaded)
     slot.close()
     until(lambda: not any(t.name == "idle-unload" and t.is_alive() for t in threading.enumerate()))

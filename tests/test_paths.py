@@ -103,7 +103,7 @@ def test_parts_are_checked_one_by_one(tmp_path):
 
 def test_a_path_of_many_parts_is_refused_not_an_operating_system_error(tmp_path):
     with pytest.raises(NameError_, match="parts"):
-        UserData(tmp_path).model_path("/".join(["a" * 100] * 60))
+        inside(tmp_path, "/".join(["a" * 100] * 60))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a right on Windows")
@@ -125,7 +125,7 @@ def test_links_may_not_lead_out(tmp_path):
 def test_a_link_to_itself_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises((NameError_, NotFound)):
-        UserData(tmp_path, model_dir=tmp_path).model_path("loop")
+        UserData(tmp_path, model_dir=tmp_path).file("model", "loop")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a right on Windows")
@@ -198,10 +198,11 @@ def test_folders_and_files_that_earlier_systems_have_are_where_those_have_them(t
     assert (data.logs, data.notification) == (data.root / "logs", data.root / "notification.mp3")  # only read: never made
 
 
-def test_model_path_needs_an_existing_model(tmp_path):
-    data = UserData(tmp_path)
+def test_further_folders_of_models_are_looked_into(tmp_path):
+    data = UserData(tmp_path / "data", more_models=(tmp_path / "more",))
     data.create()
-    (data.models / "a.gguf").write_bytes(b"GGUF")
-    assert data.model_path("a.gguf") == data.models / "a.gguf"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.gguf").write_bytes(b"GGUF")
+    assert data.file("model", "a.gguf") == tmp_path / "more" / "a.gguf"
     with pytest.raises(NotFound, match=r"no model 'b\.gguf'"):
-        data.model_path("b.gguf")
+        data.file("model", "b.gguf")

@@ -85,7 +85,7 @@ def test_cancelled_while_waiting_for_the_lock(app):
     got = []
     thread = threading.Thread(target=lambda: got.extend(generate_reply(app, request)), daemon=True)
     thread.start()
-    until(lambda: len(app.models._loaded.turns._queue) == 2)
+    until(lambda: len(app.models._current.turns._queue) == 2)
     request.cancel.cancel()
     thread.join(20)
     assert [c.finish_reason for c in got] == ["cancelled"] and len(app.models.backend.requests) == 1

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from modules.api.errors import BadRequest, anthropic_error
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, chat_job, prompt_length
+from modules.api.requests import Job, answerer, backend_for, chat_job, prompt_length
 from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, parts, sse, while_there
 from modules.api.schemas import AnthropicChoice, AnthropicCountRequest, AnthropicMessage, AnthropicRequest, ChatRequest, as_chat
 from modules.app import App
@@ -34,7 +34,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
     async def messages(request: Request, body: AnthropicRequest) -> Response:
         """A reply to a conversation."""
         job = await run_in_threadpool(message_job, app, body, client(request))
-        answer = MessageAnswer(app.models.status().name or "", job, body.stop_sequences or ())
+        answer = MessageAnswer(answerer(app, job), job, body.stop_sequences or ())
         if body.stream:
             stream = await begun(parts(app, [job], answer.id))
             return sse(answer.stream(stream), lambda error: [event(anthropic_error(error), "error")], ignored_headers([job]))
@@ -47,7 +47,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
         job = message_job(app, body, client(request), fitting=False)
         if job.request.images:
             job = replace(job, ignored=(*job.ignored, "tokens of images are not counted"))
-        return JSONResponse({"input_tokens": prompt_length(app.models.backend, job)}, headers=ignored_headers([job]))
+        return JSONResponse({"input_tokens": prompt_length(backend_for(app, body.model), job)}, headers=ignored_headers([job]))
 
     return router
 
@@ -57,7 +57,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
 
 def message_job(app: App, body: AnthropicCountRequest, client: str, fitting: bool = True) -> Job:
     """The reply to a request for a message. Raises as `chat_job` does."""
-    job = chat_job(app, app.models.backend, chat_request(body), client, fitting)
+    job = chat_job(app, backend_for(app, body.model), chat_request(body), client, fitting)
     return replace(job, ignored=(*job.ignored, *_not_followed(body)))
 
 

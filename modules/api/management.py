@@ -6,11 +6,8 @@ What the server is made of (loading, unloading, lists, adapters, metrics) needs 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
@@ -18,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
-from modules import loaders
+from modules import adapters, loaders
 from modules.api.errors import BadRequest
 from modules.api.keys import Keys
 from modules.api.limits import StrictRoute
@@ -36,8 +33,8 @@ from modules.api.schemas import (
     TokensRequest,
 )
 from modules.app import App
-from modules.backends.base import Adapter, Adapting, Backend, CancelToken, Embedding, adapters_of
-from modules.errors import AccessDenied, Busy, ModelError, UserError
+from modules.backends.base import CancelToken, Embedding, adapters_of
+from modules.errors import AccessDenied
 from modules.guard import headers_by_name
 from modules.models import Choice
 from modules.options import nearest
@@ -200,7 +197,7 @@ def info_view(app: App) -> Json:
         return {**nothing, "state": status.state}
     return {
         "model_name": status.name,
-        "lora_names": [_adapter_name(app, adapter.path) for adapter in adapters_of(backend, app.models.adapters)],
+        "lora_names": [adapters.name_of(app, adapter.path) for adapter in adapters_of(backend, app.models.adapters)],
         "loader": status.loader,
         "context_length": backend.context_length,
         "capabilities": sorted(backend.features),
@@ -211,7 +208,7 @@ def info_view(app: App) -> Json:
 
 def chosen(app: App, name: str, loader: str, args: Json) -> Choice:
     """What loading `name` with `args` means; these may be options of its loader only. Raises BadRequest and what `ModelSlot.choose` raises."""
-    found = loaders.named(loader) if loader else loaders.detect(app.data.model_path(name))
+    found = loaders.named(loader) if loader else app.models.choose(name).loader
     knobs = found.options.knobs()
     spellings = {spelling.lstrip("-").replace("-", "_"): knob.name for knob in knobs.values() for spelling in (knob.name, *knob.flags)}
     options = {}
@@ -227,12 +224,10 @@ def chosen(app: App, name: str, loader: str, args: Json) -> Choice:
 
 
 def _add_adapters(router: APIRouter, app: App) -> None:
-    one_at_a_time = threading.Lock()
-
     @router.get("/v1/internal/lora/list", tags=["Models"])
     def names() -> Json:
         """All adapters of the LoRA folder."""
-        return {"lora_names": sorted(_adapter_name(app, path) for path in app.data.loras.rglob("*.gguf"))}
+        return {"lora_names": adapters.names(app)}
 
     @router.post("/v1/internal/lora/load", tags=["Models"])
     def load(body: AdaptersRequest) -> Response:
@@ -243,49 +238,15 @@ def _add_adapters(router: APIRouter, app: App) -> None:
             raise BadRequest("lora_scales needs one number for each of lora_names.", "lora_scales")
         if not all(map(math.isfinite, scales)):
             raise BadRequest("lora_scales must be finite numbers.", "lora_scales")
-        wanted = [Adapter(app.data.file("lora", name), scale) for name, scale in zip(body.lora_names, scales, strict=True)]
-        with one_at_a_time:
-            _use(app, wanted)
+        adapters.use(app, adapters.named(app, list(zip(body.lora_names, scales, strict=True))))
         return _told(body, {"status": "ok", "lora_names": info_view(app)["lora_names"]})
 
     @router.post("/v1/internal/lora/unload", tags=["Models"])
     def unload() -> Json:
         """Use no adapters from now on."""
         _administer(app)
-        with one_at_a_time:
-            former, app.models.adapters = app.models.adapters, ()
-            backend = app.models.loaded_backend()
-            if backend:
-                _drop(backend, [adapter.path for adapter in former])
+        adapters.use_none(app)
         return {"status": "ok", "lora_names": []}
-
-
-def _use(app: App, wanted: Sequence[Adapter]) -> None:
-    backend = app.models.backend
-    if wanted and "adapters" not in backend.features:
-        raise ModelError(f"{backend.name} cannot use LoRA adapters. Load a model that another loader runs.")
-    before = {path.resolve() for path in cast(Adapting, backend).adapters} if "adapters" in backend.features else set()
-    try:
-        for adapter in wanted:
-            cast(Adapting, backend).load_adapter(adapter.path)
-    except UserError:
-        _drop(backend, [adapter.path for adapter in wanted if adapter.path.resolve() not in before])
-        raise
-    former, app.models.adapters = app.models.adapters, tuple(wanted)
-    kept = {adapter.path.resolve() for adapter in wanted}
-    _drop(backend, [adapter.path for adapter in former if adapter.path.resolve() not in kept])
-
-
-def _drop(backend: Backend, paths: Sequence[Path]) -> None:
-    """Free adapters. One that a reply under way uses stays in memory, without taking part in what comes."""
-    for path in paths if "adapters" in backend.features else ():
-        with suppress(Busy):
-            cast(Adapting, backend).unload_adapter(path)
-
-
-def _adapter_name(app: App, path: Path) -> str:
-    """As in the LoRA folder; one from elsewhere (`--lora`) by the name of its file."""
-    return path.relative_to(app.data.loras).as_posix() if path.is_relative_to(app.data.loras) else path.name
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------------------------

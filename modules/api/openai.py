@@ -16,11 +16,11 @@ from starlette.responses import Response
 
 from modules.api.errors import NotAvailable, openai_error
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, chat_job, completion_jobs, copies
+from modules.api.requests import Job, answerer, backend_for, chat_job, completion_jobs, copies
 from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
 from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from modules.app import App
-from modules.backends.base import Backend, CancelToken, Chunk, Embedding, TokenLogprob
+from modules.backends.base import CancelToken, Chunk, Embedding, TokenLogprob
 from modules.errors import NotFound, UserError
 
 Json = dict[str, Any]
@@ -43,7 +43,7 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["OpenAI"], responses=STREAMS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """A reply to a conversation."""
-        job = await run_in_threadpool(lambda: chat_job(app, app.models.backend, body, client(request)))
+        job = await run_in_threadpool(lambda: chat_job(app, backend_for(app, body.model), body, client(request)))
         jobs = copies(job, body.n or 1)
         answer = ChatAnswer(app, body, jobs)
         if body.stream:
@@ -55,7 +55,7 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.post("/v1/completions", tags=["OpenAI"], responses=STREAMS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """What follows a text."""
-        firsts = await run_in_threadpool(lambda: completion_jobs(app, app.models.backend, body, client(request)))
+        firsts = await run_in_threadpool(lambda: completion_jobs(app, backend_for(app, body.model), body, client(request)))
         jobs = [each for job in firsts for each in copies(job, max(body.n or 1, body.best_of or 1))]
         answer = TextAnswer(app, body, jobs)
         if body.stream:
@@ -108,10 +108,8 @@ def _names(app: App) -> list[str]:
 
 def model_view(app: App, name: str) -> Json:
     """A model as /v1/models tells it; what only a loaded one knows is there for that one."""
-    status = app.models.status()
-    loaded = name == status.name and status.state == "ready"
-    backend = app.models.loaded_backend() if loaded else None
-    view: Json = {"id": name, "object": "model", "created": 0, "owned_by": "local", "loaded": loaded}
+    backend = app.models.loaded_as(name)
+    view: Json = {"id": name, "object": "model", "created": 0, "owned_by": "local", "loaded": backend is not None}
     if backend:
         view |= {"context_length": backend.context_length, "max_model_len": backend.context_length, "capabilities": sorted(backend.features)}
     return view
@@ -180,7 +178,7 @@ class _Answer:
         self.usage_in_stream = usage_in_stream
         self.counts = _Usage(prompts)
         self.id = f"{self.prefix}{uuid4().hex}"
-        self.head = {"id": self.id, "created": int(time.time()), "model": app.models.status().name}
+        self.head = {"id": self.id, "created": int(time.time()), "model": answerer(app, jobs[0])}
 
     def _whole(self, choices: list[Json]) -> Json:
         fixed = {"object": self.whole_object, "system_fingerprint": None}
@@ -275,7 +273,7 @@ class TextAnswer(_Answer):
         self.n, self.each = body.n or 1, max(body.n or 1, body.best_of or 1)
         super().__init__(app, body.usage_in_stream, jobs, [index // self.each for index in range(len(jobs))])
         self.body = body
-        self.backend = app.models.backend
+        self.backend = backend_for(app, body.model)
         self._offset = [0] * len(jobs)
 
     async def stream(self, came: AsyncIterator[Part]) -> AsyncIterator[bytes]:
@@ -356,7 +354,7 @@ def _likelihood(some: Sequence[Part]) -> float:
 
 
 def _embedded(app: App, body: EmbeddingRequest, cancel: CancelToken) -> Json:
-    backend: Backend = app.models.backend
+    backend = backend_for(app, body.model)
     if "embeddings" not in backend.features:
         raise UserError("The loaded model gives no embeddings. Load one that does.")
     given = body.input
@@ -367,7 +365,7 @@ def _embedded(app: App, body: EmbeddingRequest, cancel: CancelToken) -> Json:
         raise UserError(f"The model's vectors have {len(found.vectors[0])} numbers. Ask for at most so many dimensions.")
     data = [{"object": "embedding", "index": place, "embedding": _vector(vector, body)} for place, vector in enumerate(found.vectors)]
     usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-    return {"object": "list", "data": data, "model": app.models.status().name, "usage": usage}
+    return {"object": "list", "data": data, "model": app.models.answering(body.model) or app.models.status().name, "usage": usage}
 
 
 def _vector(vector: Sequence[float], body: EmbeddingRequest) -> list[float] | str:

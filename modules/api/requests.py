@@ -86,6 +86,7 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
         logit_bias=_bias(body.logit_bias),
         json_schema=constraint,
         logprobs=logprobs,
+        model=app.models.answering(body.model),
         client=client,
     )
     single = bool(tools) and body.parallel_tool_calls is False
@@ -121,6 +122,7 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
             logprobs=max(1, body.logprobs) if body.logprobs is not None else 0,
             chosen_logprob=(body.best_of or 1) > (body.n or 1),
             prompt_logprobs=max(1, body.logprobs) if body.echo and body.logprobs is not None else None,
+            model=app.models.answering(body.model),
             client=client,
         )
         text = prompt if isinstance(prompt, str) else backend.decode(tokens)
@@ -151,13 +153,29 @@ def _sampling(app: App, body: Any) -> tuple[SamplingParams, tuple[str, ...]]:
     if body.preset:
         given |= app.presets.get(body.preset)
     sampling = SamplingParams().replace(given, "the request")
-    neutral, honoured = SamplingParams(), app.models.status().samplers
+    neutral, honoured = SamplingParams(), app.models.status_of(app.models.answering(body.model)).samplers
     idle = [name for name in given if name not in honoured and getattr(sampling, name) != getattr(neutral, name)]
     without = [f"{name} has no effect with this loader" for name in sorted(idle)]
     return sampling, (*without, *(f"{name} is unknown" for name in body.unknown()))
 
 
+def backend_for(app: App, wanted: str) -> Backend:
+    """The model that a request which names `wanted` is answered by; loads it where that is allowed. Raises NoModel, Busy, ModelError."""
+    name = app.models.answering(wanted)
+    if not name:
+        return app.models.backend
+    with app.models.use(name) as backend:
+        return backend
+
+
+def answerer(app: App, job: Job) -> str:
+    """The name of the model that answers `job`."""
+    return job.request.model or app.models.status().name or ""
+
+
 def _model(app: App, wanted: str) -> tuple[str, ...]:
+    if app.models.answering(wanted):
+        return ()
     loaded = app.models.status().name
     if not wanted or wanted == loaded:
         return ()

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from modules.api.errors import BadRequest
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, chat_job, prompt_length
+from modules.api.requests import Job, answerer, backend_for, chat_job, prompt_length
 from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
 from modules.api.schemas import ChatRequest, ResponsesRequest, as_chat
 from modules.app import App
@@ -43,7 +43,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
         """A reply to a conversation."""
         asked = await run_in_threadpool(_asked, app, body, client(request))
         headers = ignored_headers([asked.job])
-        answer = ResponseAnswer(app.models.status().name or "", body, asked.job)
+        answer = ResponseAnswer(answerer(app, asked.job), body, asked.job)
 
         async def keep() -> None:
             if answer.view["store"]:
@@ -116,7 +116,7 @@ def _asked(app: App, body: ResponsesRequest, client: str) -> _Asked:
     fields = _fields(body)
 
     def job(items: Sequence[Json], fitting: bool) -> Job:
-        return chat_job(app, app.models.backend, _chat_request(body, items, fields), client, fitting)
+        return chat_job(app, backend_for(app, body.model), _chat_request(body, items, fields), client, fitting)
 
     items = [*before, *own]
     if body.truncation == "auto":
@@ -185,8 +185,9 @@ def _chat_request(body: ResponsesRequest, items: Sequence[Json], fields: Json) -
 
 def _fits(app: App, body: ResponsesRequest, job: Job) -> bool:
     """Whether there is room for the prompt and for the reply, which may take up to half of the context."""
-    context = app.models.backend.context_length
-    return prompt_length(app.models.backend, job) + min(body.max_output_tokens or context // 4, context // 2) <= context
+    backend = backend_for(app, body.model)
+    context = backend.context_length
+    return prompt_length(backend, job) + min(body.max_output_tokens or context // 4, context // 2) <= context
 
 
 def _cut(items: list[Json], fits: Callable[[list[Json]], bool]) -> list[Json]:

@@ -91,6 +91,8 @@ class GenerationRequest:
     """Report the log-probability of each chosen token, without alternatives and texts: that costs next to nothing. For backends with "logprobs"."""
     prompt_logprobs: int | None = None
     """Report the prompt's own tokens too, each with so many alternatives. The prompt is then computed whole, without the cache."""
+    model: str = ""
+    """Which of several models in memory; "" for the current one."""
     client: str = ""
     """Who asks. An engine that runs many requests takes waiting ones of different clients in turn."""
     cancel: CancelToken = field(default_factory=CancelToken, compare=False)
@@ -195,7 +197,8 @@ class Backend(Protocol):
     """A loaded model. Methods may be called from any thread.
 
     `features` (ask these, never the class): "parallel" (many generate() at once), "grammar", "logprobs" (of the prompt too), "generate"
-    (it writes text: all but models for embeddings do); each of the following with the methods of that name's protocol below:
+    (it writes text: all but models for embeddings do), "text-only" (its chunks carry no token ids), "estimate" (its tokens are made up,
+    for counting only); each of the following with the methods of that name's protocol below:
     "images", "adapters", "prefill", "embeddings", "stats".
     """
 
@@ -313,5 +316,7 @@ class Loader:
     """Names of the SamplingParams fields that this engine honours."""
     package: str = ""
     """Import name of the package needed; empty when none."""
+    own_process: bool = False
+    """Whether its models have a process of their own, so that `Backend.memory` is all that a model takes."""
     info: Mapping[str, str] = field(default_factory=dict)
     """A few words each for the documentation."""

@@ -72,7 +72,7 @@ def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
 def appearance() -> dict[str, Any]:
     """Theme, script and stylesheet, and no footer, as keyword arguments of `gr.mount_gradio_app`."""
     base = f"assets/{_fingerprint()}"
-    styles = "".join(f'<link rel="stylesheet" href="{base}/{name}.css">' for name in ("style", "list", "messages", "composer"))
+    styles = "".join(f'<link rel="stylesheet" href="{base}/{name}.css">' for name in ("style", "list", "messages", "composer", "models"))
     return {
         "theme": Theme(),
         "footer_links": [],

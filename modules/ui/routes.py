@@ -17,10 +17,12 @@ from modules.guard import require_json, require_own_page
 from modules.paths import inside, write_atomically
 from modules.turns import source_of
 from modules.ui import ASSETS
-from modules.ui.branches import branch_view, greeting_view, message_views, status_now
+from modules.ui.branches import branch_view, greeting_view, message_views
+from modules.ui.download_routes import add_downloads
 from modules.ui.events import serve_events
 from modules.ui.library_routes import add_library
-from modules.ui.views import engine_view, info_view
+from modules.ui.model_routes import add_models
+from modules.ui.views import info_view
 
 Json = dict[str, Any]
 
@@ -51,7 +53,8 @@ def build_router(app: App, auth: Auth) -> APIRouter:
     _add_session(router, app, who, writer)
     _add_files(router, app, who)
     add_library(router, app, who, writer)
-    _add_models(router, app, who, writer)
+    add_downloads(router, app.downloads, app.settings.multi_user, who, writer)
+    add_models(router, app, who, writer)
     _add_metrics(router, app, auth)
 
     @router.websocket("/chat/events")
@@ -383,46 +386,6 @@ def _add_files(router: APIRouter, app: App, who: Callable[..., Identity]) -> Non
         if not path.is_file():
             raise NotFound(f"There is no style {name!r}. Put {name}.css into {app.data.css}, or choose another one.")
         return FileResponse(path, media_type="text/css", headers={"Cache-Control": "no-cache"})
-
-
-def _add_models(router: APIRouter, app: App, who: Callable[..., Identity], writer: Callable[..., Identity]) -> None:
-    def admin(identity: Annotated[Identity, Depends(writer)]) -> Identity:
-        if app.settings.multi_user:
-            raise AccessDenied("In multi-user mode the model is chosen where the server is started.")
-        return identity
-
-    def status() -> Json:
-        return {"status": status_now(app)}
-
-    @router.get("/models")
-    def models(identity: Annotated[Identity, Depends(who)]) -> Json:
-        return {"models": [] if app.settings.multi_user else app.models.names(), **status()}
-
-    @router.get("/models/status")
-    def now(identity: Annotated[Identity, Depends(who)]) -> Json:
-        """What the Model tab asks again and again while it is shown."""
-        stats = app.models.stats()
-        return {**status(), "engine": engine_view(stats) if stats else None}
-
-    @router.post("/models/load", status_code=202)
-    def load(
-        identity: Annotated[Identity, Depends(admin)],
-        name: Annotated[str, Body()],
-        loader: Annotated[str, Body()] = "",
-        options: Annotated[Json | None, Body()] = None,
-    ) -> Json:
-        app.models.start_loading(app.models.choose(name, loader, options))
-        return status()
-
-    @router.post("/models/unload", status_code=202)
-    def unload(identity: Annotated[Identity, Depends(admin)]) -> Json:
-        app.models.unload()
-        return status()
-
-    @router.post("/models/cancel", status_code=202)
-    def cancel(identity: Annotated[Identity, Depends(admin)]) -> Json:
-        app.models.cancel_loading()
-        return status()
 
 
 def _add_metrics(router: APIRouter, app: App, auth: Auth) -> None:

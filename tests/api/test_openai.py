@@ -197,6 +197,25 @@ def test_models(api):
         client.models.retrieve("nowhere")
 
 
+def test_a_request_loads_the_model_that_it_names_where_that_is_allowed(tmp_path):
+    with served(tmp_path, "--load-on-request", "--max-loaded-models", "2") as api:
+        client = client_of(api)
+        for name in ("other.fake", "model.fake", "gpt-7"):
+            answer = client.chat.completions.with_raw_response.create(model=name, messages=HELLO)
+            assert answer.parse().model == ("model.fake" if name == "gpt-7" else name)
+            assert ("gpt-7" in answer.headers.get("X-Ignored", "")) == (name == "gpt-7")
+        assert [model.loaded for model in client.models.list()] == [True, True]
+        assert [len(backend.requests) for backend in api.engine.loaded] == [2, 1]
+        assert api.app.models.status().name == "model.fake"
+        told = client_of(api, strict=False).completions.create(model="other.fake", prompt="x", stream=True)
+        assert {chunk.model for chunk in told} == {"other.fake"}
+
+
+def test_without_leave_the_loaded_model_answers_and_says_so(api):
+    answer = client_of(api).chat.completions.with_raw_response.create(model="other.fake", messages=HELLO)
+    assert answer.parse().model == "model.fake" and "other.fake" in answer.headers["X-Ignored"]
+
+
 def test_what_is_not_offered_says_so(api):
     with pytest.raises(openai.APIStatusError) as caught:
         client_of(api).images.generate(prompt="a cat", model="x")

@@ -108,8 +108,9 @@ def test_every_loader_option_has_exactly_one_control(page):
     for loader in LOADERS:
         for knob in loader.options.knobs().values():
             events = [e for e in page.fns.values() if f'window.tgw.option("{loader.name}", "{knob.name}", ' in str(e.js)]
-            assert bool(events) is not knob.later
-            assert len({control for event in events for control in event.inputs}) == (0 if knob.later else 1)
+            hidden = knob.later or knob.start_only
+            assert bool(events) is not hidden
+            assert len({control for event in events for control in event.inputs}) == (0 if hidden else 1)
 
 
 def test_no_control_sends_its_value_through_gradio(page):
@@ -138,7 +139,7 @@ def test_restore_brings_back_what_is_configured(make_app):
 def test_in_multi_user_mode_the_model_tab_is_not_built(make_app):
     page = build_page(make_app("--multi-user"))
     assert tabs(page) == ["Chat", "Parameters"]
-    assert "loadModel" not in json.dumps(page.get_config_file(), default=str)
+    assert "tgwModel" not in json.dumps(page.get_config_file(), default=str)
 
 
 def test_the_chosen_theme_is_in_the_page(make_app):

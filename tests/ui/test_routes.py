@@ -639,7 +639,9 @@ def test_the_model_folder_may_vanish(me, live):
 
 
 def test_the_model_tab_can_ask_what_the_engine_does(me, live):
-    assert me.json("GET", "/models/status") == {"status": me.json("GET", "/models")["status"], "engine": None}
+    told = me.json("GET", "/models/status")
+    assert told["status"] == me.json("GET", "/models")["status"] and told["engine"] is None
+    assert told["loaded"] == [{"name": "model.fake", "loader": "fake", "memory": 123, "users": 0, "current": True}]
     with patched(live.backend, features=frozenset({"stats"}), told=EngineStats(busy_sequences=2, parallel=4, cells=100, cells_used=40)):
         engine = me.json("GET", "/models/status")["engine"]
     assert (engine["busy"], engine["parallel"], engine["cells"], engine["cells_used"]) == (2, 4, 100, 40)

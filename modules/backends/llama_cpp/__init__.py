@@ -8,12 +8,13 @@ from typing import cast
 from modules.backends.base import Backend, CancelToken, Loader, Progress
 from modules.backends.llama_cpp.options import LlamaCppOptions
 from modules.backends.llama_cpp.samplers import SUPPORTED
+from modules.gguf import looks_like_gguf
 from modules.options import Options
 
 
 def detect(path: Path) -> bool:
     """Whether `path` is a GGUF file, or a folder that holds one."""
-    return any(path.glob("*.gguf")) if path.is_dir() else path.suffix.lower() == ".gguf"
+    return any(path.glob("*.gguf")) if path.is_dir() else looks_like_gguf(path)
 
 
 def _load(path: Path, options: Options, progress: Progress, cancel: CancelToken) -> Backend:
@@ -22,4 +23,4 @@ def _load(path: Path, options: Options, progress: Progress, cancel: CancelToken)
     return load(path, cast(LlamaCppOptions, options), progress, cancel)
 
 
-LOADER = Loader(name="llama.cpp", options=LlamaCppOptions, detect=detect, load=_load, samplers=SUPPORTED, package="llama_cpp")
+LOADER = Loader(name="llama.cpp", options=LlamaCppOptions, detect=detect, load=_load, samplers=SUPPORTED, package="llama_cpp", own_process=True)

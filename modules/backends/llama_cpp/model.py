@@ -21,6 +21,7 @@ import psutil
 
 from modules.backends.llama_cpp.chain import Chain, Vocabulary
 from modules.backends.llama_cpp.scheduler import Computed, Row
+from modules.backends.llama_cpp.shape import OUTPUTS, shape
 from modules.backends.llama_cpp.threads import Threads
 from modules.backends.llama_cpp.vision import Vision
 from modules.errors import ModelError, NotANumber, PromptTooLong
@@ -31,10 +32,6 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 _NUMA_DISTRIBUTE = 1
 _LINES_KEPT = 50
 _SMALLER = "Use a smaller --ctx-size, or other options."
-_CACHED_SEQUENCES = 32
-"""Numbers for finished sequences besides those that run: they cost nothing where cells are shared by reference."""
-_OUTPUTS = 64
-"""Tokens of a prompt whose probabilities are computed at once: each takes a row of the whole vocabulary."""
 _EMBEDDING_CONTEXT = 2048
 """Tokens of a text that can be embedded: a text is pooled over one computation, which needs memory for all of it at once."""
 EMBEDDED_AT_ONCE = 16
@@ -127,7 +124,7 @@ class Model:
         self._memory = lib.llama_get_memory(self._context)
         self.context_length = int(lib.llama_n_ctx(self._context))
         self.batch_size = int(lib.llama_n_batch(self._context))
-        self.outputs_size = min(self.batch_size, max(_OUTPUTS, self.sequences))
+        self.outputs_size = min(self.batch_size, max(OUTPUTS, self.sequences))
         self._piece_buffers = threading.local()
         size = int(lib.llama_vocab_n_tokens(self._vocab))
         ends = tuple(token for token in range(size) if lib.llama_vocab_is_eog(self._vocab, token))
@@ -174,17 +171,11 @@ class Model:
 
     def _make_context(self, options: Mapping[str, Any]) -> Any:
         trained = int(lib.llama_model_n_ctx_train(self._model))
+        sizes = shape(options, trained, options["default_context"], self.cuts)
+        self.parallel, self.sequences = sizes.parallel, sizes.sequences
         params = lib.llama_context_default_params()
-        params.n_ctx = options["ctx_size"] or min(trained, options["default_context"])
-        self.parallel = options["parallel"] or max(1, min(16, params.n_ctx // 2048))
-        # A state, or a window, of its own belongs to each number; there, numbers are not free.
-        self.sequences = min(256, self.parallel + _CACHED_SEQUENCES) if self.cuts else min(256, 2 * self.parallel + 4)
-        guesses = options["draft_max"] if options["spec_type"] != "none" or options["model_draft"] else 0
-        params.n_outputs_max = max(_OUTPUTS, self.sequences, self.parallel * (1 + guesses))
-        params.n_batch = min(max(options["batch_size"], params.n_outputs_max), params.n_ctx)
-        params.n_ubatch = min(options["ubatch_size"], params.n_batch)
-        params.n_outputs_max = max(self.sequences, min(params.n_outputs_max, params.n_batch))
-        params.n_seq_max = self.sequences
+        params.n_ctx, params.n_batch, params.n_ubatch = sizes.context, sizes.batch, sizes.ubatch
+        params.n_outputs_max, params.n_seq_max = sizes.outputs, sizes.sequences
         params.kv_unified = True
         params.swa_full = options["streaming_llm"]
         self._common(params, options)

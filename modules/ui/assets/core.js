@@ -69,6 +69,21 @@ export function near(target, root, rootMargin, action) {
   return { again() { observer.unobserve(target); observer.observe(target); } };
 }
 
+/** Calls `ask` at once and then again after each `pause`, while `element` and the page can be seen and `ask` answers true. The result begins anew. */
+export function whileSeen(element, pause, ask) {
+  let seen = false, turn;
+  const look = async () => {
+    const mine = turn = {};  // whoever is called last goes on
+    while (seen && !document.hidden && await ask() && turn === mine) {
+      await new Promise((done) => setTimeout(done, pause));
+      if (turn !== mine) return;
+    }
+  };
+  new IntersectionObserver((told) => { if (seen !== (seen = told.at(-1).isIntersecting)) look(); }).observe(element);
+  document.addEventListener('visibilitychange', look);
+  return look;
+}
+
 export function later(milliseconds, action) {
   let timer = 0;
   const run = () => { clearTimeout(timer); timer = setTimeout(action, milliseconds); };
@@ -190,7 +205,9 @@ export async function copyFrom(control, text) {
   setTimeout(() => control.classList.remove('copied'), 1400);
 }
 
-export function bytes(count) { return count > 1e9 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${Math.round(count / 2 ** 20)} MiB`; }
+export function bytes(count) { return count > 1e9 ? `${(count / 2 ** 30).toFixed(1)} GiB` : count < 2 ** 20 ? `${Math.ceil(count / 1024)} KiB` : `${Math.round(count / 2 ** 20)} MiB`; }
+
+export function percent(share) { return `${Math.round(100 * share)} %`; }
 
 export function write(element, text) { if (element.textContent !== text) element.textContent = text; }
 

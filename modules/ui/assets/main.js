@@ -2,7 +2,7 @@
 //
 // No work per streamed update depends on the number of messages: a block is found by its index, and the browser lays out one message.
 // Text goes in with textContent; innerHTML takes only blocks that the server has sanitised.
-import { TITLE, PHONE, el, api, memory, toasts, floating, toast, attempt, root, speak, t } from './core.js';
+import { TITLE, PHONE, ServerError, el, api, memory, toasts, floating, toast, attempt, root, speak, t } from './core.js';
 import { session } from './session.js';
 import { chat } from './chat.js';
 import { sidebar } from './sidebar.js';
@@ -11,8 +11,12 @@ import { head } from './head.js';
 import { alerts } from './alerts.js';
 import { press } from './commands.js';
 import { model } from './model.js';
+import { chosen } from './models.js';
+import { adapters } from './adapters.js';
+import { downloads } from './downloads.js';
+import { conversions } from './conversions.js';
 import { library } from './library.js';
-import { panel } from './panel.js';
+import { panel, sure } from './panel.js';
 import { link } from './link.js';
 import { theme } from './theme.js';
 
@@ -65,11 +69,16 @@ export async function showPanel(option) {
   document.querySelector(`.knob-${option} :is(input, textarea)`)?.focus();
 }
 
-/** Load a model, with what was chosen for its loader on the Model tab. */
-export function loadModel(name, loader = '') {
+/** Load a model, with what was chosen for it on the Model tab. When memory is short the person decides. */
+export async function loadModel(name, force = false) {
   if (!name) return toast(t('Choose a model first.'));
-  const options = loader ? model.chosen[loader] : Object.assign({}, ...Object.values(model.chosen));
-  return attempt(() => api('POST', 'models/load', { name, loader, options: options || {} }));
+  try {
+    return await api('POST', 'models/load', { name, ...chosen.asked(name), force });
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    if (error.code !== 'DoesNotFit') return toast(error.message);
+    if (await sure(t('Load it all the same?'), error.message, t('Load'))) return loadModel(name, true);
+  }
 }
 
 /** The language is needed before anything is built, so this browser keeps it. */
@@ -97,12 +106,8 @@ window.tgw = {
   setMany(values) { Object.assign(session.pending, values); session.flush(); },
   save: () => session.save(),
   filter(on) { model.filtered = on; model.rules(); },
-  option(loader, name, value) { (model.chosen[loader] ??= {})[name] = value; },
-  loader(name) { model.loader = name; model.rules(); },
-  modelNow: () => model.status.name,
+  option: (loader, name, value) => chosen.set(loader, name, value),
   async models() { return (await attempt(() => api('GET', 'models')))?.models || []; },
-  loadModel: (name, loader) => loadModel(name, loader || ''),
-  unloadModel: () => attempt(() => api('POST', 'models/unload')),
   cancelLoad: () => attempt(() => api('POST', 'models/cancel')),
   /** Set the parameters from a preset. */
   async preset(name) {
@@ -123,6 +128,8 @@ window.tgw = {
     }
     if (kind === 'chat') { host.replaceChildren(root); model.show(model.status); composer.focus(); }
     if (kind === 'status') model.card(host);
+    const part = { card: chosen.card, memory: chosen.memory, adapters, downloads, conversions }[kind];
+    part?.mount(host);
   },
 };
 

@@ -3,13 +3,14 @@ import { TOUCH, number, el, api, bytes, write, slug, t } from './core.js';
 import { chat } from './chat.js';
 import { head } from './head.js';
 import { live } from './composer.js';
+import { chosen } from './models.js';
 import { session } from './session.js';
 
 const sheet = new CSSStyleSheet();  // rules instead of classes, because Gradio draws a tab when it is first opened
 document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
 
 export const model = {
-  status: { state: 'none', progress: 0, text: '' }, chosen: {}, loader: '', filtered: false, engine: null,
+  status: { state: 'none', progress: 0, text: '' }, filtered: false, engine: null, loaded: [],
 
   build() {
     document.addEventListener('visibilitychange', () => this.watch());
@@ -28,9 +29,13 @@ export const model = {
   /** Ask what the engine does, now and every two seconds, while the card can be seen. */
   async watch() {
     const turn = this.turn = {};  // whoever is called last goes on
-    while (this.seen && !document.hidden && this.status.state === 'ready') {
+    while (this.seen && !document.hidden && (this.status.state === 'ready' || this.loaded.length)) {
       const told = await api('GET', 'models/status').catch(() => null);  // without a connection the banner says so
       if (turn !== this.turn) return;
+      if (told) {
+        this.loaded = told.loaded;
+        this.others();
+      }
       if (told?.status.state === 'ready' && told.status.name === this.status.name) {  // another model tells itself
         this.status.memory = told.status.memory;
         this.engine = told.engine;
@@ -55,6 +60,7 @@ export const model = {
     this.paint();
     this.rules();
     this.watch();
+    chosen.modelChanged();
   },
 
   /** Under the composer and in the empty conversation: what is missing before one can talk. */
@@ -77,7 +83,21 @@ export const model = {
     this.facts = el('dl');
     this.cache = el('div.tgw-cache', {}, el('span', { textContent: t('Cache in use') }), el('span'), el('meter', { 'aria-label': t('Cache in use') }));
     this.figures();
-    this.host.replaceChildren(el('section.tgw-card', { 'data-state': s.state }, told, this.facts, this.cache));
+    this.list = el('ul.tgw-loaded', { 'aria-label': t('Models in memory') });
+    this.others();
+    this.host.replaceChildren(el('section.tgw-card', { 'data-state': s.state }, told, this.facts, this.cache, this.list));
+  },
+
+  /** The models in memory, where there are others than the current one. */
+  others() {
+    const shown = this.loaded.some((each) => !each.current) ? this.loaded : [];
+    const key = JSON.stringify(shown);
+    this.list.hidden = !shown.length;
+    if (this.list.dataset.shown === key) return;
+    this.list.dataset.shown = key;
+    this.list.replaceChildren(...shown.map((each) => el('li', {}, el('span', { textContent: each.name }),
+      el('small', { textContent: [each.loader, bytes(each.memory), each.users && t('replies: {count}', { count: each.users }), each.current && t('in use by the page')].filter(Boolean).join(' · ') }),
+      el('button.tgw-plain-button', { type: 'button', textContent: t('Unload'), 'aria-label': t('Unload {name}', { name: each.name }), onclick: () => chosen.unload(each.name) }))));
   },
 
   /** The numbers below. Changing ones are not read out, and only what has changed is touched, so that text stays selected. */
@@ -108,7 +128,9 @@ export const model = {
     const names = this.filtered && this.status.samplers || [];
     const honoured = names.map((name) => `:not(.knob-${CSS.escape(name)})`).join('');
     const css = [honoured && `.tgw-sampler${honoured} { display: none !important }`];
-    if (this.loader) css.push(`.tgw-loader:not(.loader-${CSS.escape(slug(this.loader))}) { display: none !important }`);
+    css.push(`.tgw-loader:not(.loader-${CSS.escape(slug(chosen.loader || '-'))}) { display: none !important }`);
+    if (!chosen.name) css.push('.tgw-when-chosen { opacity: .5; pointer-events: none }');
+    if (!chosen.found?.own) css.push('.tgw-when-own { display: none !important }');
     css.push(this.status.state === 'loading' ? '.tgw-when-idle { display: none !important }' : '.tgw-when-loading { display: none !important }');
     if (this.status.state !== 'ready') css.push('.tgw-when-ready { opacity: .5; pointer-events: none }');
     css.push(...unused(session.values.mode, this.status.thinking).map((selector) => `${selector} { display: none !important }`));

@@ -137,8 +137,9 @@ function askName(title, name, taken) {
   });
 }
 
-function sure(title, text) {
+/** A question with Cancel and `yes`; whether that was chosen. */
+export function sure(title, text, yes = t('Delete')) {
   return asked(title, (answer) => el('div.tgw-sheet', {}, el('p', { textContent: text }), el('div.tgw-ends', {},
     el('button', { type: 'button', textContent: t('Cancel'), onclick: () => answer(false), 'data-first': '' }),
-    el('button.danger', { type: 'button', textContent: t('Delete'), onclick: () => answer(true) }))));
+    el('button.danger', { type: 'button', textContent: yes, onclick: () => answer(true) }))));
 }
