@@ -62,7 +62,7 @@ class Tensor:
 class Header:
     """What stands before the weights.
 
-    `metadata` holds the scalars and texts, `lists` the short lists of numbers, `lengths` how long each list is.
+    `metadata` holds the scalars and texts, `lists` the short lists of numbers, `lengths` how long each list is; `whole_list` reads the others.
     """
 
     path: Path
@@ -72,6 +72,8 @@ class Header:
     lists: Mapping[str, tuple[int | float | bool, ...]]
     lengths: Mapping[str, int]
     tensors: Mapping[str, Tensor]
+    list_places: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Where each list begins in the file: its type, its length, its values."""
 
     @property
     def n_tensors(self) -> int:
@@ -137,6 +139,27 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"Cannot read {path}: {error.strerror or error}. Check the file and its permissions.") from error
     except _Bad as bad:
         raise ModelError(f"{path.name} {bad}") from None
+
+
+def whole_list(header: Header, key: str) -> list[Scalar]:
+    """All values of a list in the header, however long; [] when there is none. Raises ModelError when the file has changed meanwhile."""
+    if key not in header.list_places:
+        return []
+    try:
+        with header.path.open("rb") as file:
+            reader = _Reader(file, header.path.stat().st_size)
+            reader.skip(header.list_places[key])
+            kind, count = reader.u32(), reader.u64()
+            if count != header.lengths[key] or kind not in {_STRING, *_SCALARS}:
+                raise _Bad("changed while it was read. Wait until its download has finished.")
+            if kind == _STRING:
+                return [reader.string(MAX_KEY, f"a text of {key[:60]!r}") for _ in range(count)]
+            form = f"<{count}{_SCALARS[kind][1]}"
+            return list(struct.unpack(form, reader.take(struct.calcsize(form))))
+    except OSError as error:
+        raise ModelError(f"Cannot read {header.path}: {error.strerror or error}. Check the file and its permissions.") from error
+    except _Bad as bad:
+        raise ModelError(f"{header.path.name} {bad}") from None
 
 
 class _Reader:
@@ -220,21 +243,22 @@ def _header(path: Path, reader: _Reader, later_part: bool = False) -> Header:
     n_tensors, n_keys = reader.u64(), reader.u64()
     if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
         raise _Bad(f"is damaged: it claims {n_tensors} tensors and {n_keys} keys. Download or copy it again.")
-    metadata, lists, lengths = _metadata(reader, n_keys)
+    metadata, lists, lengths, places = _metadata(reader, n_keys)
     if not later_part and not isinstance(metadata.get("general.architecture"), str):
         raise _Bad("does not say its architecture, so nothing can load it. Use another conversion of this model.")
     tensors = _tensors(reader, n_tensors, _alignment(metadata))
-    return Header(path, version, reader.size, metadata, lists, lengths, tensors)
+    return Header(path, version, reader.size, metadata, lists, lengths, tensors, places)
 
 
 _Lists = dict[str, tuple[int | float | bool, ...]]
 
 
-def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Scalar], _Lists, dict[str, int]]:
-    """Scalars and texts, short lists of numbers, lengths of all lists."""
+def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Scalar], _Lists, dict[str, int], dict[str, int]]:
+    """Scalars and texts, short lists of numbers, lengths of all lists, their places."""
     metadata: dict[str, Scalar] = {}
     lists: _Lists = {}
     lengths: dict[str, int] = {}
+    places: dict[str, int] = {}
     seen: set[str] = set()
     for _ in range(count):
         key = reader.string(MAX_KEY, "a key")
@@ -243,6 +267,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Scalar], _Lists, d
         seen.add(key)
         kind = reader.u32()
         if kind == _ARRAY:
+            places[key] = reader.position
             lengths[key], numbers = _list(reader, key)
             if numbers is not None:
                 lists[key] = numbers
@@ -256,7 +281,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Scalar], _Lists, d
         reader.text_left -= len(key)
         if reader.text_left < 0:
             raise _Bad(f"has more than {MAX_TEXT} bytes of texts in its header. Use another conversion of this model.")
-    return metadata, lists, lengths
+    return metadata, lists, lengths, places
 
 
 def _list(reader: _Reader, key: str) -> tuple[int, tuple[int | float | bool, ...] | None]:

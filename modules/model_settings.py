@@ -59,7 +59,7 @@ class ModelSettings:
     def save(self, model: str, loader: str, options: Mapping[str, Any]) -> None:
         """Save a loader and the options that differ from what is configured, instead of those there were. Raises SettingsError, DataError."""
         template = self.get(model).instruction_template
-        self._write(model, {_LOADER: loader, **options, **({_TEMPLATE: template} if template else {})})
+        self._write(model, {**({_LOADER: loader} if loader else {}), **options, **({_TEMPLATE: template} if template else {})})
 
     def set_template(self, model: str, template: str) -> None:
         """Save the name of an instruction template; "" for the model's own. Raises SettingsError, DataError."""

@@ -452,7 +452,7 @@ class ModelSlot:
             raise
         for each in later:
             self._retire(each, CancelToken())
-        _compare(choice, backend)
+        _compare(choice, backend, options)
 
     def _make_room(self, choice: Choice, cancel: CancelToken) -> list[_Loaded]:
         """Unload what has to go before the load; what can stay until the new one is ready is returned. Raises ModelError if cancelled, Busy."""
@@ -605,29 +605,28 @@ def _fits(choice: Choice) -> bool | None:
     """Whether the model fits into the memory that is free now; None where that cannot be said, as of a file that is no model."""
     try:
         machine = memory.usable(choice.options, devices())
-        return memory.fits(memory.estimate(inspect(choice.path), choice.options, machine), machine)
+        card = inspect(choice.path)
+        return memory.fits(memory.estimate(card, memory.with_best_layers(card, choice.options, machine), machine), machine)
     except UserError:
         return None
 
 
-def _compare(choice: Choice, backend: Backend) -> None:
+def _compare(choice: Choice, backend: Backend, options: Options) -> None:
     """Log what was expected of the model's memory beside what it is."""
     if not choice.loader.own_process:
         return
     with suppress(UserError):
-        found = memory.estimate(inspect(choice.path), choice.options, memory.usable(choice.options, devices()))
+        found = memory.estimate(inspect(choice.path), options, memory.usable(options, devices()))
         logger.info("%s", memory.compared(found, backend.memory()))
 
 
 def _with_layers(choice: Choice) -> Options:
     """The options, with as many layers on the GPUs as fit there where that is left to us (gpu_layers −1)."""
-    if getattr(choice.options, "gpu_layers", 0) != -1:
-        return choice.options
     machine = memory.usable(choice.options, devices())
     if all(device.name == MAIN for device in machine):
         return choice.options
     try:
-        return choice.options.replace({"gpu_layers": memory.best_gpu_layers(inspect(choice.path), choice.options, machine)})
+        return memory.with_best_layers(inspect(choice.path), choice.options, machine)
     except UserError:  # the loader says better what is wrong
         return choice.options
 

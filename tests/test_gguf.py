@@ -154,6 +154,23 @@ def test_tensors_and_lists_are_kept(tmp_path, monkeypatch):
     assert list(gguf.read_header(path).lists) == ["tokenizer.ggml.scores"]
 
 
+def test_whole_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "MAX_LIST", 2)
+    monkeypatch.setattr(gguf, "_BLOCK", 16)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(build())
+    header = gguf.read_header(path)
+    assert gguf.whole_list(header, "tokenizer.ggml.tokens") == ["a", "", "ccc"]
+    assert gguf.whole_list(header, "tokenizer.ggml.scores") == [0.0, 1.0, 2.0] and gguf.whole_list(header, "none") == []
+    for changed, words in (
+        (build([pair("x", 7, b"\x01"), *PAIRS]), "changed"),
+        (build()[: header.list_places["tokenizer.ggml.scores"] + 16], "cut short"),
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(ModelError, match=words):
+            gguf.whole_list(header, "tokenizer.ggml.scores")
+
+
 def test_what_is_kept_of_texts_is_limited_in_all(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "MAX_TEXT", 60)
     assert "more than 60 bytes of texts" in refused(tmp_path, build())

@@ -74,6 +74,7 @@ ORDER = [
     "modules.convert.sources",
     "modules.convert.vocabulary",
     "modules.convert.hf_to_gguf",
+    "modules.convert.gguf_model",
     "modules.convert.gguf_to_hf",
     "modules.convert.lora_to_gguf",
     "modules.convert.__main__",
@@ -108,6 +109,8 @@ ORDER = [
     "modules.backends.torch_samplers",
     "modules.backends.transformers.options",
     "modules.backends.transformers.memory",
+    "modules.backends.transformers.progress",
+    "modules.backends.transformers.gguf_source",
     "modules.backends.transformers.load",
     "modules.backends.transformers.decoders",
     "modules.backends.transformers.kept",
@@ -201,7 +204,8 @@ ONLY_UNDER = {
 NEVER_AT_TOP = {"torch", "transformers"}
 WITH_TORCH = {f"modules.backends.transformers.{name}" for name in ("decoders", "grammar", "jobs", "engine", "backend")}
 """Imported by no module's top level but each other's, and by a loader when it loads: torch may stand at their top."""
-WITH_TORCH |= {"modules.backends.torch_samplers"}  # for its type hints only, under TYPE_CHECKING
+WITH_TORCH |= {"modules.backends.torch_samplers", "modules.backends.transformers.gguf_source", "modules.convert.gguf_model"}
+"""Those last for their type hints only, under TYPE_CHECKING."""
 STANDARD_LIBRARY_ONLY = {"start", "modules.errors", "modules.log", "modules.paths", "modules.system"}
 READER_PROCESS = {"modules.gguf", "modules.safetensors_header", "modules.inspect_model", "modules.model_card"}
 """Starts for each file, and without the installed packages."""

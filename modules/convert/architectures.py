@@ -130,7 +130,7 @@ def config_values(architecture: Architecture, header: Header, vocabulary: int, f
         if not isinstance(value, int | float) or value <= 0:
             raise ModelError(f"{header.path.name} says that its {key} is {value!r}, which cannot be. Use another conversion of this model.")
     if header.of_architecture("expert_count"):
-        raise ModelError(f"{header.path.name} has experts; mixtures of experts cannot be converted to a folder here.")
+        raise ModelError(f"{header.path.name} has experts; mixtures of experts are not known here. Use it with llama.cpp.")
     values: dict[str, Any] = {**found, "vocab_size": vocabulary, "hidden_act": architecture.activation}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -144,12 +144,12 @@ def _rope_scaling(header: Header, head: Any, base: float, factors: np.ndarray | 
         scaling: dict[str, Scalar] = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
         wanted = _llama3_factors(head, base, scaling)
         if wanted.shape != factors.shape or not np.allclose(wanted, factors, rtol=1e-4):
-            raise ModelError(f"{header.path.name} has RoPE frequencies of its own, which no Hugging Face configuration can say.")
+            raise ModelError(f"{header.path.name} has RoPE frequencies of its own, which no configuration can say. Use it with llama.cpp.")
         return scaling
     if kind == "linear" and factor:
         return {"rope_type": "linear", "factor": float(factor)}
     if kind != "none":
-        raise ModelError(f"The RoPE scaling of {header.path.name} is {kind!r}; this conversion knows linear and llama3.")
+        raise ModelError(f"The RoPE scaling of {header.path.name} is {kind!r}; linear and llama3 are known here. Use it with llama.cpp.")
     return {"rope_type": "default"}
 
 
@@ -177,6 +177,10 @@ class Rows:
             pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
             return pairs.swapaxes(1, 2).reshape(values.shape)
         return values - np.float32(self.architecture.norm_offset) if self._shifted(name) else values
+
+    def stay(self, name: str) -> bool:
+        """Whether each row stays in its place, so that rows can be brought into the other form apart from each other."""
+        return not self._turned(name)
 
     def _turned(self, name: str) -> int:
         """Heads of a tensor whose rows have another order; 0 when it has not."""

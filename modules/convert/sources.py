@@ -16,6 +16,8 @@ from modules.errors import ModelError
 from modules.gguf import check_parts, model_file, read_header
 
 MAX_JSON = 64 << 20
+_ALL = slice(None)
+_BF16 = 30  # gguf.GGMLQuantizationType
 
 
 @contextmanager
@@ -158,21 +160,32 @@ class GgufFile:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape[::-1] for name, (_, tensor) in self._tensors.items()}
         self.size = sum(tensor.elements for _, tensor in self._tensors.values())
         """Numbers in all tensors together."""
+        self.bfloat16 = any(tensor.kind == _BF16 for _, tensor in self._tensors.values())
+        """Whether some of them are of that type."""
 
-    def read(self, name: str) -> np.ndarray:
-        """The dequantised tensor, as float32. Raises ModelError for a type that cannot be dequantised here."""
+    def read(self, name: str, rows: slice = _ALL) -> np.ndarray:
+        """The dequantised tensor, or `rows` of a matrix, as float32. Raises ModelError for a type that cannot be dequantised here."""
         import gguf
 
         file, tensor = self._tensors[name]
         try:
             kind = gguf.GGMLQuantizationType(tensor.kind)
             data = np.memmap(file, np.uint8, "r", tensor.place, (*self.shapes[name][:-1], tensor.size // math.prod(self.shapes[name][:-1])))
-            values: np.ndarray = gguf.dequantize(data, kind).astype(np.float32, copy=False)
+            values: np.ndarray = gguf.dequantize(data[rows], kind).astype(np.float32, copy=False)
         except (NotImplementedError, ValueError, ZeroDivisionError):
             raise ModelError(
                 f"The tensor {name[:80]!r} of {file.name} is of a type that cannot be read here. Use another file of this model."
             ) from None
         return values
+
+    def for_library(self) -> dict[str, Any]:
+        """Arguments with which transformers' own `from_pretrained` reads it. Raises ModelError for a model in several files."""
+        if self.header.split[1] > 1:
+            raise ModelError(
+                f"{self.path.name} is in several files; models of architecture {self.header.architecture[:40]} must be in one here. "
+                "Use it with llama.cpp, or as one file."
+            )
+        return {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name, "local_files_only": True}
 
     @property
     def factors(self) -> np.ndarray | None:

@@ -7,15 +7,14 @@ describing it; `PRE_TOKENIZERS` says what a name means (llama.cpp, `llm_tokenize
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.convert.output import Report
 from modules.convert.sources import read_json, understood
 from modules.errors import ModelError
-from modules.gguf import Header
+from modules.gguf import Header, whole_list
 
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -52,6 +51,8 @@ _OTHER_NAMES = {
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # gguf.TokenType
 MAX_TOKENS = 4_000_000
+TOKENIZERS = ("gpt2", "llama")
+"""GGUF's names of the two kinds."""
 
 
 # --- into a GGUF file -----------------------------------------------------------------------------------------------------------------
@@ -179,40 +180,62 @@ def _add_special(writer: Any, tokenizer: Any) -> None:
 # --- out of one -----------------------------------------------------------------------------------------------------------------------
 
 
-def save_tokenizer(header: Header, folder: Path, report: Report) -> Any:
-    """Write the tokenizer of the GGUF file to `folder` and return it. Raises ModelError."""
+def read_tokenizer(header: Header, warn: Callable[[str], None]) -> Any:
+    """The tokenizer of the GGUF file, as Transformers has it; `warn` is told where it differs from llama.cpp's. Raises ModelError."""
     from transformers import PreTrainedTokenizerFast  # AutoTokenizer would read the file once more, slowly, for what is not needed
 
     file = header.path
-    with understood(f"The tokenizer of {file.name} cannot be converted", "Use another conversion of this model."):
+    with understood(f"The tokenizer of {file.name} cannot be read", "Use another conversion of this model."):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer = _own_tokens(tokenizer, header)
     kind = header.metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
-        _split_as(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "default")), report)
+        _split_as(tokenizer, str(header.metadata.get("tokenizer.ggml.pre", "default")), warn)
     elif kind == "llama":
         _spaces_as(tokenizer, bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True)))
     tokenizer.chat_template = header.chat_template
-    tokenizer.init_kwargs.pop("local_files_only", None)  # it is about this call
-    tokenizer.save_pretrained(folder)
-    _drop_added(folder / "tokenizer.json", header.lengths.get("tokenizer.ggml.tokens", 0))
     return tokenizer
 
 
-def _drop_added(file: Path, count: int) -> None:
-    """Transformers adds tokens that it expects in every vocabulary of a kind; a model without them has no embeddings for them."""
-    state = json.loads(file.read_text("utf-8"))
-    own = [added for added in state["added_tokens"] if added["id"] < count]
-    if len(own) < len(state["added_tokens"]):
-        file.write_text(json.dumps({**state, "added_tokens": own}, ensure_ascii=False), "utf-8")
+def _own_tokens(tokenizer: Any, header: Header) -> Any:
+    """`tokenizer` with the file's own tokens: Transformers adds some that it expects in every vocabulary of a kind, and a model has no
+    embeddings for them; of byte-level vocabularies it takes those to pieces that are matched as a whole and hold other characters than bytes.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pieces, types = (whole_list(header, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [added for added in state["added_tokens"] if added["id"] < len(pieces)]
+    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
+        added = {each["id"] for each in state["added_tokens"]}
+        whole = {n: kind for n, kind in enumerate(types[: len(pieces)]) if kind in (_CONTROL, _USER_DEFINED) and n not in added}
+        _add_whole(state, {n: (str(pieces[n]), kind == _CONTROL) for n, kind in whole.items()})
+    named = {key: value for key, value in tokenizer.init_kwargs.items() if key.endswith("_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **named)
 
 
-def _split_as(tokenizer: Any, name: str, report: Report) -> None:
+def _add_whole(state: dict[str, Any], tokens: dict[int, tuple[str, bool]]) -> None:
+    """Let tokens, by id: (text, whether special), be matched as a whole."""
+    vocabulary = state["model"]["vocab"]
+    spelled = {number: text for text, number in vocabulary.items() if number in tokens}
+    merged = {"".join(merge) for merge in state["model"]["merges"]} if tokens else set()
+    for number, (text, special) in tokens.items():
+        if text in vocabulary or spelled.get(number) in merged:
+            continue
+        vocabulary.pop(spelled.get(number), None)
+        vocabulary[text] = number
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+        state["added_tokens"].append({"id": number, "content": text, **flags})
+
+
+def _split_as(tokenizer: Any, name: str, warn: Callable[[str], None]) -> None:
     """Transformers splits as GPT-2 does where it does not know the name, and that is another tokenizer, for digits at least."""
     from tokenizers import Regex, pre_tokenizers
 
     splitting = PRE_TOKENIZERS.get(_OTHER_NAMES.get(name, name))
     if splitting is None:
-        report.warning(f"Text may be split into other tokens than llama.cpp splits it: the way {name[:40]!r} is not known here.")
+        warn(f"Text may be split into other tokens than llama.cpp splits it: the way {name[:40]!r} is not known here.")
         return
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.expression)]
     if splitting.expression:

@@ -119,26 +119,28 @@ def _need_memory(app: App, choice: Choice) -> None:
 
 def _estimated(app: App, choice: Choice) -> tuple[Estimate, Sequence[Device]]:
     """What `choice` needs, and what is free for it: models that make place for it count as gone. Raises UserError."""
-    machine = [_freed(app, device) for device in memory.usable(choice.options, memory.devices())]
+    machine = _freed(app, memory.usable(choice.options, memory.devices()))
     card, drafting = inspect(choice.path), getattr(choice.options, "model_draft", "")
     draft = inspect(Path(drafting)) if drafting else None
     return memory.estimate(card, memory.with_best_layers(card, choice.options, machine, draft), machine, draft), machine
 
 
-def _freed(app: App, device: Device) -> Device:
-    """With the memory of the models there are. Their mapped files are not counted: the system has those among what is available."""
-    if device.name != MAIN:
-        return device
-    used = sum(max(each.memory - _mapped(app, each.name), 0) for each in app.models.loaded())
-    return Device(device.name, device.total, min(device.free + used, device.total))
+def _freed(app: App, machine: Sequence[Device]) -> list[Device]:
+    """`machine` with what the models in memory take of it. What they take of GPUs is not known, and estimated."""
+    found = list(machine)
+    for each in app.models.loaded():
+        with suppress(UserError, OSError):  # of another server, or its files have gone
+            choice = app.models.choose(each.name, each.loader)
+            card = inspect(choice.path)
+            whole = [Device(device.name, device.total, device.total) for device in machine]
+            taken = memory.estimate(card, memory.with_best_layers(card, choice.options, whole), whole)
+            mapped = choice.path.stat().st_size if choice.path.is_file() else 0  # the system has a mapped file among what is available
+            found = [_with(device, max(each.memory - mapped, 0) if device.name == MAIN else taken.on(device.name)) for device in found]
+    return found
 
 
-def _mapped(app: App, name: str) -> int:
-    try:
-        path = app.places.path(name)
-        return path.stat().st_size if path.is_file() else 0
-    except (UserError, OSError):  # of another server, or gone
-        return 0
+def _with(device: Device, freed: int) -> Device:
+    return Device(device.name, device.total, min(device.free + freed, device.total))
 
 
 # --- the chosen model -------------------------------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def _add_cards(router: APIRouter, app: App, reader: Who, admin: Who) -> None:
         found, wrong = _looked(chosen.path)
         return {
             "name": name,
-            "own": app.places.own(name),
+            "own": app.places.own(name) and chosen.path.exists(),
             "file": chosen.path.is_file(),
             "card": card_view(found) if found else None,
             "error": wrong or error,
@@ -251,7 +253,7 @@ def _add_kept(router: APIRouter, app: App, admin: Who) -> None:
     @router.put("/models/template", dependencies=[Depends(admin)])
     def template(name: Name, template: Text) -> Json:
         """Save which instruction template a model uses; "" is its own."""
-        app.places.path(name)
+        _chosen(app, name, "")
         if template:
             app.templates.get(template)
         app.model_settings.set_template(name, template)

@@ -74,6 +74,26 @@ def test_the_starter_models_tokenizer_is_the_engines(starter_folder, starter_mod
         backend.unload()
 
 
+@pytest.mark.engine
+def test_tokens_that_are_matched_as_a_whole_may_hold_any_characters(tmp_path):
+    """Transformers' own conversion takes those with other characters than bytes have to pieces."""
+    tokenizer = byte_level("qwen2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜User｜>", "<a b>"]})
+    tokenizer.add_tokens(["<思>", "<think>"])
+    file = to_file(make_folder(tmp_path / "model", "qwen2", tokenizer, head_dim=16))
+    gguf_to_hf(file, tmp_path / "folder", "float32", silent())
+    back = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert len(back) == len(tokenizer)
+    assert back.decode(back("<｜User｜>a<a b><思>").input_ids, skip_special_tokens=True) == "a<思>"
+    backend = load(file)
+    try:
+        for text in ("<｜User｜>Hello<think>", "1<思> 2", "a<a b>c", "<｜User>"):
+            assert back(text).input_ids == backend.encode(text) == tokenizer(text).input_ids
+            assert back.decode(back(text).input_ids) == text
+    finally:
+        backend.unload()
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_half_precision_is_rounded_once(tiny, tmp_path, dtype, wanted):
     gguf_to_hf(tiny, tmp_path / "plain", "float32", silent())
@@ -176,7 +196,7 @@ def test_files_that_are_cut_or_none_are_refused(tiny, tmp_path):
     cut.write_bytes(tiny.read_bytes()[:-1000])
     with pytest.raises(ModelError, match="cut short"):
         gguf_to_hf(cut, tmp_path / "folder", "float32", silent())
-    with pytest.raises(ModelError, match=r"The tokenizer of lora\.gguf cannot be converted"):
+    with pytest.raises(ModelError, match=r"The tokenizer of lora\.gguf cannot be read"):
         gguf_to_hf(tiny_models.lora(tmp_path / "lora.gguf", tiny), tmp_path / "folder", "float32", silent())
     assert not (tmp_path / "folder").exists()
 

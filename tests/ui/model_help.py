@@ -90,7 +90,7 @@ def fill(data) -> None:
         (data.loras / name).touch()
 
 
-def machine(free: int = GIB, of_gpu: int = 0):
+def machine(free: int = GIB, of_gpu: int = 0, gpu_free: int | None = None):
     """A patch: a machine of 4 GiB with so much free, and a GPU if it has any memory."""
-    gpus = (Device(GPU, of_gpu, of_gpu),) if of_gpu else ()
+    gpus = (Device(GPU, of_gpu, of_gpu if gpu_free is None else gpu_free),) if of_gpu else ()
     return mock.patch.multiple(memory, devices=lambda: (Device(MAIN, 4 * GIB, free), *gpus), offloads=lambda: bool(of_gpu))

@@ -16,16 +16,18 @@ expect = pytest.importorskip("playwright.sync_api").expect
 expect.set_options(timeout=20_000)
 
 STYLES = sorted(path.stem for path in (ASSETS / "styles").glob("*.css"))
+WIDE = (1440, 900)
 OVERFLOW = "document.documentElement.scrollWidth > innerWidth"
 
 
 @pytest.fixture
-def wide(live_server, new_browser):
-    """Opens tabs of a browser with room for the panel."""
-    context = new_browser(viewport={"width": 1440, "height": 900})
+def wide(new_tab):
+    """Opens tabs with room for the panel."""
 
-    def make(path=""):
-        return opened(context.new_page(), live_server, path)
+    def make(path="/"):
+        tab = new_tab(path, WIDE)
+        filled(tab)
+        return tab
 
     return make
 
@@ -34,8 +36,7 @@ def opened(tab, live_server, path=""):
     tab.goto(live_server.url + path)
     tab.locator(".tgw-composer textarea").wait_for()
     tab.wait_for_function("document.querySelector('.tgw-chip').dataset.state === 'ready'")
-    tab.wait_for_function("document.querySelector('.tgw').dataset.chatStyle")  # the values are there
-    tab.wait_for_load_state("networkidle")  # and the controls show them
+    filled(tab)
     return tab
 
 
@@ -61,7 +62,7 @@ def chosen_mode(tab):
 
 
 def in_effect(tab):
-    return tab.evaluate("window.tgw.call('GET', `chat/session?conversation=${window.tgw.conversation()}`).then((found) => found.values)")
+    return tab.evaluate("window.tgw.call('GET', `chat/session?conversation=${location.hash.replace('#c=', '')}`).then((found) => found.values)")
 
 
 def listed(tab, title):
@@ -197,7 +198,7 @@ def test_a_foreign_conversation_shows_the_browsers_own_values(live_server, new_b
     field(other, "custom_system_message").fill("Mine.")
     field(other, "custom_system_message").blur()
     until(lambda: in_effect(other)["custom_system_message"] == "Mine.")
-    id = other.evaluate("window.tgw.conversation()")
+    id = other.evaluate("location.hash.replace('#c=', '')")
     tab = wide(f"/#c={id}")
     expect(tab.locator(".tgw-welcome")).to_be_visible()
     expect(field(tab, "custom_system_message")).to_have_value("")
@@ -292,6 +293,10 @@ def style(tab, name):
     expect(tab.locator(".tgw")).to_have_attribute("data-chat-style", name)
 
 
+STYLED = "(name) => [...document.styleSheets].some((sheet) => sheet.href?.endsWith(`/styles/${name}.css`))"
+"""Whether the style of that name has been read."""
+
+
 def bubble(tab):
     """The look of the user's message."""
     return tab.locator(".tgw-msg.user .tgw-body").evaluate(
@@ -312,18 +317,18 @@ def test_a_style_is_applied_at_once_and_stays(wide):
     until(lambda: tab.locator(".tgw-msg.user").count() == 1 and bubble(tab) == seen[-1])
 
 
-@pytest.mark.parametrize("name", STYLES)
-def test_each_style_fits_a_telephone(live_server, new_browser, name):
+def test_each_style_fits_a_telephone(live_server, new_browser):
     tab = opened(new_browser(viewport={"width": 390, "height": 844}, has_touch=True).new_page(), live_server)
     live_server.backend.script = ["A long-word-that-does-not-end-" * 9 + "\n\n```\n" + "code " * 60 + "\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"]
     ask(tab, "w" * 200)
-    tab.evaluate("(name) => window.tgw.call('PATCH', 'chat/session', { chat_style: name })", name)
-    tab.reload()
-    expect(tab.locator(".tgw")).to_have_attribute("data-chat-style", name)
     tab.locator(".tgw-msg.assistant .tgw-code").wait_for()
-    assert not tab.evaluate(OVERFLOW)
-    room = tab.locator(".tgw-scroll").evaluate("(e) => e.scrollWidth - e.clientWidth")
-    assert room <= 0
+    for name in STYLES:
+        tab.evaluate("(name) => window.tgw.set('chat_style', name)", name)
+        expect(tab.locator(".tgw")).to_have_attribute("data-chat-style", name)
+        tab.wait_for_function(STYLED, arg=name)
+        assert not tab.evaluate(OVERFLOW), name
+        room = tab.locator(".tgw-scroll").evaluate("(e) => e.scrollWidth - e.clientWidth")
+        assert room <= 0, name
 
 
 def test_a_style_of_ones_own_from_the_css_folder(live_server, wide):

@@ -48,7 +48,7 @@ def open_tab(tab, name):
 
 
 def fact(tab, name):
-    return tab.locator(".tgw-card dl > div", has=tab.get_by_text(name, exact=True)).locator("dd")
+    return tab.locator("#tgw-status dl > div", has=tab.get_by_text(name, exact=True)).locator("dd")
 
 
 def in_use(tab):
@@ -116,9 +116,9 @@ def test_it_goes_on_after_a_break_in_the_connection(card, measured):
 
 def test_with_the_model_the_figures_go_and_another_brings_its_own(card, measured):
     measured.app.models.unload()
-    expect(card.locator(".tgw-card header")).to_contain_text("No model is loaded")
+    expect(card.locator("#tgw-status header")).to_contain_text("No model is loaded")
     expect(card.locator(".tgw-cache")).to_be_hidden()
-    expect(card.locator(".tgw-card dd")).to_have_count(0)
+    expect(card.locator("#tgw-status dd")).to_have_count(0)
     asked = len(card.asked)
     let_pass(card)
     assert len(card.asked) == asked
@@ -143,5 +143,5 @@ def test_the_card_fits(card, measured, width):
     expect(fact(card, "Waiting")).to_have_text("10,000")
     card.set_viewport_size({"width": width, "height": 844})
     inside = "(card) => [...card.querySelectorAll('*')].every((e) => e.getBoundingClientRect().right <= card.getBoundingClientRect().right)"
-    assert card.locator(".tgw-card").evaluate(inside)
+    assert card.locator("#tgw-status .tgw-card").evaluate(inside)
     assert card.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -2,6 +2,7 @@
 
 import hashlib
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -202,3 +203,14 @@ def test_in_multi_user_mode_there_is_none_of_this(tmp_path):
         assert me.json("GET", "/models/status")["loaded"] == []
         assert "folder" not in me.json("GET", "/models")
         assert me.app.models.status().name == TINY
+
+
+def test_what_the_model_in_use_takes_counts_as_free(me):
+    with machine(free=GIB, of_gpu=GIB):
+        with mock.patch.object(me.app.models.backend, "memory", lambda: 100 << 20):
+            main, gpu = me.json("POST", "/models/estimate", {"name": OTHER})["devices"]
+        assert main["free"] == GIB + (100 << 20) - (me.app.data.models / TINY).stat().st_size
+        assert gpu["free"] == gpu["total"] == GIB
+    with machine(free=GIB, of_gpu=GIB, gpu_free=GIB // 2):
+        free = me.json("POST", "/models/estimate", {"name": OTHER})["devices"][1]["free"]
+        assert GIB // 2 + (300 << 20) < free <= GIB

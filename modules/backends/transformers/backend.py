@@ -18,8 +18,9 @@ from modules.backends.transformers.decoders import AloneDecoder, Decoder, Packed
 from modules.backends.transformers.engine import DURING, UNLOADED, Engine, Limits
 from modules.backends.transformers.grammar import Grammars
 from modules.backends.transformers.jobs import Job, Track
-from modules.backends.transformers.load import LoadedModel, check_cancel, explained, find_source, free_memory, load_model
+from modules.backends.transformers.load import LoadedModel, explained, find_source, free_memory, load_model
 from modules.backends.transformers.options import TransformersOptions
+from modules.backends.transformers.progress import check_cancel
 from modules.backends.transformers.speculation import DraftModel, Guesser, from_text
 from modules.backends.transformers.text import Text, TextStream
 from modules.backends.transformers.vision import Vision

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from modules.backends.base import CancelToken, Progress
 from modules.backends.transformers.options import DEFAULT_CONTEXT, TransformersOptions
+from modules.backends.transformers.progress import check_cancel, watched
 from modules.errors import ModelError
 from modules.gguf import model_file
 from modules.gguf import read_header as read_gguf
@@ -28,8 +28,6 @@ MAX_SIZE = 1 << 40
 MAX_LAYERS, MAX_PARTS = 4096, 500_000
 """Of a model: layers (block sizes among what looks like them), and layers times experts."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HOOK = threading.Lock()
-"""transformers has one hook for its progress bars."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,20 @@ class Source:
     def name(self) -> str:
         """For people."""
         return Path(self.gguf).stem if self.gguf else self.folder.name
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A model but for its weights, and where those are."""
+
+    kind: Any
+    """Has `from_pretrained`."""
+    config: Any
+    tokenizer: Any
+    processor: Any
+    dtype: Any
+    weights: dict[str, Any]
+    """Arguments of that."""
 
 
 @dataclass(frozen=True)
@@ -169,38 +181,63 @@ def load_model(source: Source, options: TransformersOptions, progress: Progress,
 
     _no_bars(transformers)
     check_cancel(cancel)
-    from_files: dict[str, Any] = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
-    if source.gguf:
-        from_files["gguf_file"] = source.gguf
     with explained(source, options):
-        config = transformers.AutoConfig.from_pretrained(source.folder, **from_files)
-        check_cancel(cancel)
-        progress(0.02, "Reading the tokenizer")
-        processor = _processor(transformers, source, config, from_files)
-        tokenizer = getattr(processor, "tokenizer", None) or transformers.AutoTokenizer.from_pretrained(
-            source.folder, use_fast=not options.no_use_fast, **from_files
-        )
-        check_cancel(cancel)
         device = _device(torch, options)
-        kind = _kind(transformers, config, processor)
-        with _progress(transformers, progress, cancel):
-            model, info = kind.from_pretrained(
-                source.folder,
-                config=config,
+        progress(0.02, "Reading the tokenizer")
+        parts = _parts_of_file(source, options, device) if source.gguf else _parts_of_folder(source, options, device)
+        check_cancel(cancel)
+        with watched(progress, cancel):
+            model, info = parts.kind.from_pretrained(
+                config=parts.config,
                 output_loading_info=True,
-                dtype=_dtype(torch, options, config, device),
+                dtype=parts.dtype,
                 attn_implementation=_attention(options),
-                use_safetensors=None if options.allow_pickle or source.gguf else True,
-                weights_only=True,
-                **_placing(torch, options, device, source),
+                **parts.weights,
+                **_placing(torch, options, device),
                 **_quantised(torch, transformers, options),
-                **from_files,
             )
         _check_complete(source, info)
         model.eval()
         model.requires_grad_(False)
     check_cancel(cancel)
-    return LoadedModel(model, tokenizer, processor, _context(model.config, options))
+    return LoadedModel(model, parts.tokenizer, parts.processor, _context(model.config, options))
+
+
+def _parts_of_folder(source: Source, options: TransformersOptions, device: str) -> _Parts:
+    import transformers
+
+    given: dict[str, Any] = {"pretrained_model_name_or_path": source.folder, "local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(**given)
+    processor = None
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        processor = transformers.AutoProcessor.from_pretrained(**given)
+    tokenizer = getattr(processor, "tokenizer", None) or transformers.AutoTokenizer.from_pretrained(use_fast=not options.no_use_fast, **given)
+    kind = transformers.AutoModelForImageTextToText if processor is not None else _kind(config)
+    weights = {"use_safetensors": None if options.allow_pickle else True, "weights_only": True, **given}
+    return _Parts(kind, config, tokenizer, processor, _dtype(options, config, device), weights)
+
+
+def _parts_of_file(source: Source, options: TransformersOptions, device: str) -> _Parts:
+    import transformers
+
+    from modules.backends.transformers.gguf_source import read_model, tokenizer_of, weights
+    from modules.convert.sources import GgufFile
+
+    file = GgufFile(source.folder / source.gguf)
+    model = read_model(file)
+    if model is not None:
+        dtype = _dtype(options, model.config, device)
+        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+        given: dict[str, Any] = {
+            "pretrained_model_name_or_path": None,
+            "state_dict": weights(model, dtype),
+            "generation_config": model.generation_config,
+        }
+        return _Parts(kind, model.config, model.tokenizer, None, dtype, given)
+    given = file.for_library()
+    config = transformers.AutoConfig.from_pretrained(**given)
+    tokenizer = tokenizer_of(file) or transformers.AutoTokenizer.from_pretrained(**given)
+    return _Parts(_kind(config), config, tokenizer, None, _dtype(options, config, device), given)
 
 
 def _check_complete(source: Source, info: dict[str, Any]) -> None:
@@ -213,26 +250,14 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
         )
 
 
-def check_cancel(cancel: CancelToken) -> None:
-    """Raise ModelError once cancelled."""
-    if cancel.cancelled:
-        raise ModelError("Loading was cancelled. Load the model again when you want it.")
-
-
 def _no_bars(transformers: Any) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
 
-def _processor(transformers: Any, source: Source, config: Any, from_files: dict[str, Any]) -> Any:
-    """The processor of a model that sees; None of one that reads only."""
-    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoProcessor.from_pretrained(source.folder, **from_files) if sees and not source.gguf else None
+def _kind(config: Any) -> Any:
+    import transformers
 
-
-def _kind(transformers: Any, config: Any, processor: Any) -> Any:
-    if processor is not None:
-        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
 
 
@@ -246,7 +271,9 @@ def _device(torch: Any, options: TransformersOptions) -> str:
     return "mps" if mps and mps.is_available() else "xpu" if xpu and xpu.is_available() else "cpu"
 
 
-def _dtype(torch: Any, options: TransformersOptions, config: Any, device: str) -> Any:
+def _dtype(options: TransformersOptions, config: Any, device: str) -> Any:
+    import torch
+
     if options.compute_dtype != "auto":
         return getattr(torch, options.compute_dtype)
     if device == "cpu":
@@ -263,11 +290,11 @@ def _attention(options: TransformersOptions) -> str | None:
     return None if options.attn_implementation == "sdpa" else options.attn_implementation
 
 
-def _placing(torch: Any, options: TransformersOptions, device: str, source: Source) -> dict[str, Any]:
+def _placing(torch: Any, options: TransformersOptions, device: str) -> dict[str, Any]:
     """Where the weights go: one device, or spread over GPUs, main memory and disk as far as they are allowed."""
     spread = bool(options.gpu_split or options.cpu_memory or options.disk) or (device == "cuda" and torch.cuda.device_count() > 1)
     if device != "cuda" or not spread:
-        return {"device_map": {"": device}} if not source.gguf or device != "cpu" else {}
+        return {"device_map": {"": device}}
     most: dict[Any, str] = {number: f"{size}GiB" for number, size in enumerate(options.gpu_sizes)}
     if options.cpu_memory:
         most["cpu"] = f"{options.cpu_memory}GiB"
@@ -322,52 +349,7 @@ def _context(config: Any, options: TransformersOptions) -> int:
     return min(options.ctx_size or DEFAULT_CONTEXT, known[0]) if learnt or not options.ctx_size else options.ctx_size
 
 
-# --- progress and errors ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(transformers: Any, progress: Progress, cancel: CancelToken) -> Iterator[None]:
-    """Show transformers' progress bars as our progress, and end between two weights once cancelled."""
-
-    def hook(factory: Callable[..., Any], args: tuple[Any, ...], values: dict[str, Any]) -> Any:
-        made = factory(*args, **values)
-        length = getattr(args[0], "__len__", None) if args else None
-        total = values.get("total") or (length() if length else 0)
-        return _Watched(made, total, progress, cancel) if args and total else made
-
-    with _HOOK:
-        former = transformers.utils.logging.set_tqdm_hook(hook)
-        try:
-            progress(0.05, "Loading the model")
-            yield
-        finally:
-            transformers.utils.logging.set_tqdm_hook(former)
-
-
-class _Watched:
-    """A progress bar that is iterated over."""
-
-    def __init__(self, bar: Any, total: int, progress: Progress, cancel: CancelToken) -> None:
-        self._bar, self._total, self._progress, self._cancel = bar, total, progress, cancel
-
-    def __iter__(self) -> Iterator[Any]:
-        shown = 0
-        for done, each in enumerate(self._bar):
-            check_cancel(self._cancel)
-            percent = 100 * done // self._total
-            if percent != shown:
-                shown = percent
-                self._progress(0.05 + 0.9 * percent / 100, f"Loading the model: {percent} %")
-            yield each
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._bar, name)
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._bar.close()
+# --- errors -----------------------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -17,10 +17,12 @@ export const conversions = {
   build() {
     this.source = el('select.tgw-field', { onchange: () => this.targets() });
     this.numbers = el('select.tgw-field');
+    this.base = el('select.tgw-field');
+    this.based = el('label', { hidden: true }, el('span', { textContent: t('Model that it was trained on') }), this.base);
     this.go = el('button.tgw-plain-button', { type: 'submit', textContent: t('Convert') });
     this.form = el('form.tgw-fetch', { onsubmit: (e) => { e.preventDefault(); this.start(); } },
-      el('label', {}, el('span', { textContent: t('Model or adapter') }), this.source), el('label.tgw-short', {}, el('span', { textContent: t('Convert to') }), this.numbers), this.go);
-    this.now = el('div.tgw-jobs', { role: 'status' });
+      el('label', {}, el('span', { textContent: t('Model or adapter') }), this.source), this.based, el('label.tgw-short', {}, el('span', { textContent: t('Convert to') }), this.numbers), this.go);
+    this.now = el('div.tgw-jobs');
     this.hint = el('p.tgw-aside');
     this.el = el('div', {}, this.hint, this.form, this.now);
     this.watch = whileSeen(this.el, 1000, () => this.look());
@@ -45,6 +47,9 @@ export const conversions = {
   targets() {
     const { kind, numbers = [] } = this.wanted || {};
     const names = { 'to-hf': (each) => t('Hugging Face folder, {numbers}', { numbers: each }), 'to-gguf': (each) => t('GGUF file, {numbers}', { numbers: each }), lora: () => t('GGUF adapter') };
+    const models = this.sources.filter((each) => each.kind !== 'lora');
+    this.based.hidden = kind !== 'lora';
+    this.base.replaceChildren(el('option', { value: '', textContent: t('not compared') }), ...models.map((each) => el('option', { value: each.name, textContent: each.name })));
     const former = this.numbers.value;
     this.numbers.replaceChildren(...numbers.map((each) => el('option', { value: each, textContent: names[kind](each) })));
     if (numbers.includes(former)) this.numbers.value = former;
@@ -52,7 +57,7 @@ export const conversions = {
 
   async start() {
     const { kind, name } = this.wanted;
-    const told = await attempt(() => api('POST', 'conversions', { kind, name, numbers: this.numbers.value }));
+    const told = await attempt(() => api('POST', 'conversions', { kind, name, numbers: this.numbers.value, base: kind === 'lora' ? this.base.value : '' }));
     if (told) { this.show(told); this.watch(); }
   },
 
@@ -77,6 +82,7 @@ export const conversions = {
 
   paint({ state, target, text, progress, warnings = [] }) {
     const running = state === 'running';
+    this.now.setAttribute('aria-live', running ? 'off' : 'polite');  // the end is read out, each step is not
     this.said = el('small', { textContent: text });
     this.bar = el('progress', { max: 1, value: progress, 'aria-label': target });
     const stop = el('button.tgw-plain-button', { type: 'button', textContent: t('Cancel'), 'aria-label': t('Cancel the conversion'), onclick: () => attempt(() => api('POST', 'conversions/cancel')) });

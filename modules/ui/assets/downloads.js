@@ -18,7 +18,7 @@ export const downloads = {
     this.text = el('input.tgw-field', { type: 'text', required: true, maxLength: 2000, autocomplete: 'off', spellcheck: false, placeholder: t('user/model, or a link') });
     this.branch = el('input.tgw-field', { type: 'text', maxLength: 200, autocomplete: 'off', spellcheck: false, placeholder: 'main' });
     this.ask = el('button.tgw-plain-button', { type: 'submit', textContent: t('Show files') });
-    this.plan = el('div.tgw-plan', { 'aria-live': 'polite' });
+    this.plan = el('div.tgw-plan');
     this.list = el('ul.tgw-jobs', { 'aria-label': t('Downloads') });
     const form = el('form.tgw-fetch', { onsubmit: (e) => { e.preventDefault(); this.look(); } },
       el('label', {}, el('span', { textContent: t('Repository on the Hub') }), this.text), el('label.tgw-short', {}, el('span', { textContent: t('Branch') }), this.branch), this.ask);
@@ -29,18 +29,19 @@ export const downloads = {
   /** What the repository offers. */
   async look() {
     this.ask.disabled = true;
-    this.plan.replaceChildren(el('p.tgw-aside', { textContent: t('Asking the Hub…') }));
+    this.plan.replaceChildren(el('p.tgw-aside', { role: 'status', textContent: t('Asking the Hub…') }));
     const body = { text: this.text.value.trim(), branch: this.branch.value.trim() };
     const [plan, memory] = await Promise.all([api('POST', 'downloads/plan', body).catch((error) => error), api('GET', 'models/memory').catch(() => null)]);
     this.ask.disabled = false;
-    if (plan instanceof Error) return this.plan.replaceChildren(el('pre.tgw-wrong', { textContent: plan.message }));
+    if (plan instanceof Error) return this.plan.replaceChildren(el('pre.tgw-wrong', { role: 'alert', textContent: plan.message }));
     const free = memory?.devices.reduce((sum, device) => sum + device.free, 0) || 0;
     this.offer(plan, body, free);
   },
 
   offer(plan, body, free) {
     const rows = grouped(plan.files).map((file) => this.row(file, plan, free));
-    const go = el('button.tgw-plain-button.primary', { type: 'button', onclick: () => this.start(body, rows) });
+    const replace = el('input', { type: 'checkbox' });
+    const go = el('button.tgw-plain-button.primary', { type: 'button', onclick: () => this.start({ ...body, replace: replace.checked }, rows) });
     const total = el('span.tgw-aside');
     const count = () => {
       const wanted = rows.filter(({ box }) => box.checked);
@@ -56,7 +57,7 @@ export const downloads = {
       el('p', {}, el('strong', { textContent: plan.repo }), ` · ${plan.branch}`),
       ...(plan.note ? [el('p.tgw-aside', { textContent: plan.note })] : []),
       el('div.tgw-files', { tabIndex: 0, role: 'region', 'aria-label': t('Files') }, el('table', {}, el('thead', {}, el('tr', {}, ...heads)), el('tbody', {}, ...rows.map((row) => row.el)))),
-      el('div.tgw-quick', {}, go, total),
+      el('div.tgw-quick', {}, go, el('label.tgw-tick', {}, replace, el('span', { textContent: t('Replace files of the same name') })), total),
     );
   },
 

@@ -129,10 +129,10 @@ export const model = {
     const honoured = names.map((name) => `:not(.knob-${CSS.escape(name)})`).join('');
     const css = [honoured && `.tgw-sampler${honoured} { display: none !important }`];
     css.push(`.tgw-loader:not(.loader-${CSS.escape(slug(chosen.loader || '-'))}) { display: none !important }`);
-    if (!chosen.name) css.push('.tgw-when-chosen { opacity: .5; pointer-events: none }');
+    if (!chosen.name) css.push('.tgw-when-chosen { display: none !important }');
     if (!chosen.found?.own) css.push('.tgw-when-own { display: none !important }');
     css.push(this.status.state === 'loading' ? '.tgw-when-idle { display: none !important }' : '.tgw-when-loading { display: none !important }');
-    if (this.status.state !== 'ready') css.push('.tgw-when-ready { opacity: .5; pointer-events: none }');
+    if (this.status.state !== 'ready') css.push('.tgw-when-ready { display: none !important }');
     css.push(...unused(session.values.mode, this.status.thinking).map((selector) => `${selector} { display: none !important }`));
     sheet.replaceSync(css.filter(Boolean).join('\n'));
   },
