@@ -8,9 +8,9 @@ from modules import loaders, models
 from modules.backends.base import Adapter, CancelToken, EngineStats, GenerationRequest, adapters_of
 from modules.errors import Busy, EngineDied, ModelError, NameError_, NoModel, NotFound, SettingsError
 from modules.models import ModelSlot, ModelStatus, Rules
-from modules.turn_lock import TurnLock
 from modules.options import Options, knob
 from modules.paths import UserData
+from modules.turn_lock import TurnLock
 from tests.fakes import WAIT, FakeBackend, FakeEngine, FakeOptions, until
 
 
