@@ -198,8 +198,10 @@ def read_tokenizer(header: Header, warn: Callable[[str], None]) -> Any:
 
 
 def _own_tokens(tokenizer: Any, header: Header) -> Any:
-    """`tokenizer` with the file's own tokens: Transformers adds some that it expects in every vocabulary of a kind, and a model has no
-    embeddings for them; of byte-level vocabularies it takes those to pieces that are matched as a whole and hold other characters than bytes.
+    """`tokenizer` with the tokens of the file, no more and no fewer.
+
+    Transformers adds some that it expects in every vocabulary of a kind, and a model has no embeddings for them. Of those that are matched as a
+    whole it forgets, in byte-level vocabularies, the ones with characters that stand for no byte, such as a space or U+FF5C.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
