@@ -7,6 +7,7 @@ is loaded again when the new one fails. Unloading does not wait: it ends replies
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -210,9 +211,9 @@ class ModelSlot:
             return self._current.choice.path if self._current else None
 
     def status_of(self, name: str) -> ModelStatus:
-        """The status of the model that `answering` named, as it was when it was loaded; that of the current one for "", or when it has gone."""
+        """The status, as it was when it was loaded, of the model that `answering` named; of the current one for "", or when that has gone."""
         with self._lock:
-            loaded = self._loaded.get(name)
+            loaded = self._loaded.get(name, self._current)
             return loaded.status if loaded else self._status
 
     def loaded_as(self, name: str) -> Backend | None:
@@ -227,12 +228,11 @@ class ModelSlot:
             return self._current.backend if self._current else None
 
     def answering(self, name: str) -> str:
-        """The name of the model that answers a request for `name`: "" for the current one, which does so where the named one is not to be had."""
+        """The name of the model that answers a request for `name`: where that one is not to be had, the current one; "" where there is none."""
         with self._lock:
-            current = self._current.choice.name if self._current else None
-            if name and name != current and (name in self._loaded or (self.rules.on_request and self._is_there(name))):
+            if name in self._loaded or (name and self.rules.on_request and self._is_there(name)):
                 return name
-        return ""
+            return self._current.choice.name if self._current else ""
 
     def _is_there(self, name: str) -> bool:
         try:
@@ -286,13 +286,13 @@ class ModelSlot:
                     return found
                 if not name:
                     choice = self._again()
-                elif self._loading:
+                elif self._loading and self.rules.on_request:
                     if not self._wait(lambda: not self._loading, cancel):
                         return None
                     continue
             if name:
                 if not self.rules.on_request:
-                    raise NoModel(f"The model {name!r} is not loaded any more. Send again, or name another one.")
+                    raise NoModel(self._why_none() if self._loading else f"The model {name!r} is not loaded any more. Send again.")
                 choice = self.choose(name)
             try:
                 self._load(choice, self._begin(choice), take_over=not name)
@@ -432,7 +432,7 @@ class ModelSlot:
         try:
             self._load(choice, cancel)
         except UserError as error:
-            logger.error("%s", error)
+            logger.log(logging.INFO if cancel.cancelled else logging.ERROR, "%s", error)
         except Exception:  # noqa: BLE001  a thread's top: the status must not stay "loading" for ever
             logger.exception("Loading %s failed", choice.name)
 
@@ -442,6 +442,8 @@ class ModelSlot:
             self._idle_choice, self._former = None, None
         began = time.monotonic()
         try:
+            if choice.loader.inspected:
+                inspect(choice.path)  # a broken file makes nobody go
             later = self._make_room(choice, cancel)
             options = _with_layers(choice)
             backend = choice.loader.load(choice.path, options, self._progress(choice, cancel), cancel)
@@ -451,7 +453,7 @@ class ModelSlot:
             self._failed(choice, cancel, error)
             raise
         for each in later:
-            self._retire(each, CancelToken())
+            threading.Thread(target=self._retire_later, args=(each,), name="retire-model", daemon=True).start()
         _compare(choice, backend, options)
 
     def _make_room(self, choice: Choice, cancel: CancelToken) -> list[_Loaded]:
@@ -479,7 +481,7 @@ class ModelSlot:
             loaded.leaving = True
             try:
                 if loaded.users and self._status.state == "loading":
-                    self._set(replace(self._status, text=f"Waiting for {loaded.users} running replies of {loaded.choice.name}…"))
+                    self._set(replace(self._status, text=f"Waiting for running replies of {loaded.choice.name}: {loaded.users}…"))
                 if not self._wait(lambda: not loaded.users, cancel):
                     raise ModelError("Loading was cancelled.")
             except UserError:
@@ -490,6 +492,13 @@ class ModelSlot:
             self._forget(loaded)
         loaded.backend.unload()
         logger.info("Unloaded %s", loaded.choice.name)
+
+    def _retire_later(self, loaded: _Loaded) -> None:
+        """Unload a model that has been replaced, when its replies have ended; after a long time all the same."""
+        try:
+            self._retire(loaded, CancelToken())
+        except Busy:
+            loaded.backend.unload()
 
     def _adapt(self, backend: Backend) -> None:
         """Load the adapters. The model goes without one that does not fit it."""

@@ -48,6 +48,8 @@ def inside(folder: Path, name: str, what: str = "name") -> Path:
     parts = name.split("/")
     if len(parts) > MAX_PARTS:
         raise NameError_(f"The {what} {name[:60]!r}… has more than {MAX_PARTS} parts. Put it into a folder less deep.")
+    if not all(parts) and name:
+        raise NameError_(f"{name[:60]!r} is no {what}: it begins or ends with a slash, or has two in a row. Give it as it is listed.")
     for part in parts:
         safe_name(part, what)
     path = folder.joinpath(*parts)

@@ -43,6 +43,8 @@ class Piece:
     """What went otherwise than was wished, for the reader; it stays with the reply."""
     stop: str = ""
     """In the last piece: the stop string that ended the reply."""
+    places: tuple[int, ...] = ()
+    """Of each of the chunk's log-probabilities: characters of the raw reply before its token."""
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,9 @@ def load(argv: Sequence[str], flags_texts: Sequence[Text], yaml_texts: Sequence[
     terminal = parse_flags(argv, classes, "command line")
     _check(terminal, classes, "command line")
     given.update(terminal)
+    for name in ("api_key", "admin_key"):
+        if given.get(name) == "":  # as of a shell variable that is not set: what was to be locked would be open
+            raise SettingsError(f"{_spelling(name)} is empty. Give a key, or leave the flag out.")
     warnings += [
         f"--{name.replace('_', '-')} is not in this version yet and has no effect." for name in {**stored, **given} if _declared(name, classes).later
     ]

@@ -11,6 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+REPLACED = "\N{REPLACEMENT CHARACTER}"
+"""The text of a token that is a part of a character."""
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -58,6 +61,8 @@ class StopStrings:
         self._markers = _Markers(stops)
         self._held = ""
         self.matched = ""
+        self.withheld = 0
+        """Characters at the end of what was fed that are not given out: what may become a stop string, or one and what came after it."""
 
     @property
     def stopped(self) -> bool:
@@ -78,6 +83,7 @@ class StopStrings:
         text = self._held + text
         place, self.matched = self._markers.find(text, more)
         self._held = "" if self.matched else text[place:]
+        self.withheld = len(text) - place
         return text[:place]
 
 
@@ -274,6 +280,11 @@ class ReplyStream:
         """The stop string that came, or ""."""
         return self._stops.matched
 
+    @property
+    def withheld(self) -> int:
+        """See StopStrings."""
+        return self._stops.withheld
+
     def feed(self, text: str) -> list[Delta]:
         """What can be shown now, in order."""
         return self._shown(self._splitter.feed(text))
@@ -291,3 +302,32 @@ class ReplyStream:
 
     def _answer(self, text: str) -> str:
         return self._stops.feed(self._prefix.feed(text) if self._prefix else text)
+
+
+def token_places(text: str, tokens: Sequence[str]) -> list[int]:
+    """Where each of `tokens`, which make up `text`, begins in it. A part of a character, whose text is U+FFFD, begins where that character does.
+
+    How many parts a character has is not known here: those between two whole tokens are taken to be shared out evenly.
+    """
+    places: list[int] = []
+    place = parts = 0
+
+    def share_out(end: int) -> None:
+        for number in range(parts):
+            places.append(place + number * (end - place) // parts)
+
+    for token in tokens:
+        if REPLACED in token and not text.startswith(token, place):
+            token = token.rstrip(REPLACED)  # noqa: PLW2901  whole characters before the part of one
+            if not token:
+                parts += 1
+                continue
+        if parts:
+            found = text.find(token, place + 1)
+            end = found if found >= 0 else min(place + 1, len(text))
+            share_out(end)
+            place, parts = end, 0
+        places.append(place)
+        place += len(token) if text.startswith(token, place) else 0  # else a token that is not shown
+    share_out(len(text))
+    return places

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from modules.app import App
-from modules.backends.base import Backend, Chunk, GenerationRequest
+from modules.backends.base import Backend, Chunk, GenerationRequest, TokenLogprob
 from modules.log import logger
 from modules.replies import Piece
-from modules.streams import ReplyStream, StopStrings
+from modules.streams import ReplyStream, StopStrings, token_places
 
 
 def generate_reply(app: App, request: GenerationRequest) -> Iterator[Chunk]:
@@ -45,7 +45,7 @@ def split_reply(
 
     `prompt`: text that the reply continues; `text` and `reasoning`: what the message already has. `names`: see `NamePrefix`.
     """
-    splitter, thought = ReplyStream(request.stop, prompt, text, reasoning, names), 0
+    splitter, thought, tokens = ReplyStream(request.stop, prompt, text, reasoning, names), 0, _Tokens()
     for chunk in chunks:
         stopped = splitter.stopped  # after a stop string only the counts of what was under way are of interest
         deltas = [] if stopped else splitter.feed(chunk.text)
@@ -54,14 +54,16 @@ def split_reply(
         if chunk.finish_reason:
             deltas += splitter.finish()
             chunk = replace(chunk, finish_reason="stop") if splitter.stopped else chunk  # noqa: PLW2901
+        chunk, places = tokens.told(chunk, splitter, stopped)  # noqa: PLW2901
         reasoning = "".join(d.reasoning for d in deltas)
         thought = chunk.completion_tokens if reasoning else thought
-        yield Piece("".join(d.text for d in deltas), reasoning, chunk, thought, stop=splitter.matched if chunk.finish_reason else "")
+        stop = splitter.matched if chunk.finish_reason else ""
+        yield Piece("".join(d.text for d in deltas), reasoning, chunk, thought, stop=stop, places=places)
 
 
 def raw_reply(chunks: Iterator[Chunk], request: GenerationRequest) -> Iterator[Piece]:
     """The text as it is, thinking and all, up to the first of `request.stop`."""
-    stops = StopStrings(request.stop)
+    stops, tokens = StopStrings(request.stop), _Tokens()
     for chunk in chunks:
         stopped = stops.stopped
         text = "" if stopped else stops.feed(chunk.text)
@@ -70,7 +72,30 @@ def raw_reply(chunks: Iterator[Chunk], request: GenerationRequest) -> Iterator[P
         if chunk.finish_reason:
             text += stops.finish()
             chunk = replace(chunk, finish_reason="stop") if stops.stopped else chunk  # noqa: PLW2901
-        yield Piece(text, chunk=chunk, stop=stops.matched if chunk.finish_reason else "")
+        chunk, places = tokens.told(chunk, stops, stopped)  # noqa: PLW2901
+        yield Piece(text, chunk=chunk, stop=stops.matched if chunk.finish_reason else "", places=places)
+
+
+class _Tokens:
+    """Log-probabilities are told with the text that their tokens begin in: none of a token that begins in a stop string or after it."""
+
+    def __init__(self) -> None:
+        self._length = 0  # of the raw text so far
+        self._held: list[tuple[int, TokenLogprob]] = []
+
+    def told(self, chunk: Chunk, stops: StopStrings | ReplyStream, stopped: bool) -> tuple[Chunk, tuple[int, ...]]:
+        """`chunk` with what is to be told now, and the places of that. `stopped`: `stops` did not take in its text any more."""
+        if stopped:
+            return (replace(chunk, logprobs=()) if chunk.logprobs else chunk), ()
+        places = token_places(chunk.text, [each.text for each in chunk.logprobs]) if chunk.logprobs else []
+        self._held += [(self._length + place, each) for place, each in zip(places, chunk.logprobs, strict=True)]
+        self._length += len(chunk.text)
+        if not self._held:
+            return chunk, ()
+        ended = chunk.finish_reason and not stops.stopped
+        count = len(self._held) if ended else sum(place < self._length - stops.withheld for place, _ in self._held)
+        now, self._held = self._held[:count], self._held[count:]
+        return replace(chunk, logprobs=tuple(each for _, each in now)), tuple(place for place, _ in now)
 
 
 def encode(app: App, text: str, add_bos: bool = False) -> list[int]:

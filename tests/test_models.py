@@ -447,7 +447,7 @@ def test_a_load_waits_for_running_replies_and_says_so(slot, engine):
     slot.load(slot.choose("a.fake"))
     with slot.turn(CancelToken()):
         join = run(slot.load, slot.choose("b.fake"))
-        until(lambda: slot.status().text == "Waiting for 1 running replies of a.fake…")
+        until(lambda: slot.status().text == "Waiting for running replies of a.fake: 1…")
         assert not engine.loaded[0].unloaded and slot.backend is engine.loaded[0]  # a running reply may ask it
         with pytest.raises(NoModel, match="still loading"), slot.turn(CancelToken()):
             pass
@@ -483,7 +483,8 @@ def test_where_memory_suffices_the_former_model_stays_until_the_next_is_there(sl
         engine.go.set()
         until(lambda: slot.status().name == "b.fake")
         assert not backend.unloaded  # its reply runs
-    assert join() is None and engine.loaded[0].unloaded and [each.name for each in slot.loaded()] == ["b.fake"]
+        assert join() is None and [each.name for each in slot.loaded()] == ["b.fake"]  # whoever asked for it waits no longer
+    until(lambda: engine.loaded[0].unloaded)
     engine.errors["c.fake"] = ModelError("broken")
     with pytest.raises(ModelError):
         slot.load(slot.choose("c.fake"))
@@ -513,7 +514,7 @@ def test_the_model_used_least_recently_goes_first(several, engine, monkeypatch):
 
 def test_a_request_loads_the_model_that_it_names_and_the_page_keeps_its_own(several, engine):
     several.load(several.choose("a.fake"))
-    assert several.answering("b.fake") == "b.fake" and several.answering("nowhere.fake") == several.answering("a.fake") == ""
+    assert several.answering("b.fake") == "b.fake" and several.answering("nowhere.fake") == several.answering("a.fake") == "a.fake"
     with several.turn(CancelToken(), "b.fake") as backend:
         assert backend is engine.loaded[1] and several.backend is engine.loaded[0] and several.status().name == "a.fake"
     several.rules = Rules(most=1, on_request=True)
@@ -523,9 +524,34 @@ def test_a_request_loads_the_model_that_it_names_and_the_page_keeps_its_own(seve
 
 def test_without_leave_a_request_loads_nothing(slot, engine):
     slot.load(slot.choose("a.fake"))
-    assert slot.answering("b.fake") == ""
+    assert slot.answering("b.fake") == "a.fake"
     with pytest.raises(NoModel, match="not loaded any more"), slot.turn(CancelToken(), "b.fake"):
         pass
+
+
+def test_a_broken_model_makes_nobody_go(several, engine, monkeypatch):
+    """Its file is looked into before anything is done for it."""
+
+    def broken(path):
+        raise ModelError(f"{path.name} is damaged")
+
+    for name in ("a.fake", "b.fake"):
+        several.load(several.choose(name))
+    monkeypatch.setattr(models, "inspect", broken)
+    choice = several.choose("c.fake")
+    choice = dataclasses.replace(choice, loader=dataclasses.replace(choice.loader, inspected=True))
+    with pytest.raises(ModelError, match="damaged"):
+        several.load(choice)
+    assert {each.name for each in several.loaded()} == {"a.fake", "b.fake"} and several.status().state == "ready"
+
+
+def test_while_another_model_loads_the_current_one_answers_as_itself(several, engine):
+    several.load(several.choose("a.fake"))
+    join = hold(engine, several, "b.fake")
+    assert several.status().name == "b.fake" and several.answering("") == several.answering("nowhere") == "a.fake"
+    assert several.status_of("").name == several.status_of("a.fake").name == "a.fake" and several.status_of("a.fake").samplers
+    engine.go.set()
+    join()
 
 
 def test_requests_for_one_model_wait_for_one_load(several, engine):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
+from urllib.parse import unquote
 
 from modules.api.errors import BadRequest
 
@@ -22,46 +25,118 @@ _TYPE_OF = {
 """What a keyword speaks of: beside another type, or none, the grammar would not follow it."""
 _ALONE = ("$ref", "anyOf", "const", "enum")
 """Beside one of these the grammar follows nothing else."""
+_PYTHON: dict[str, Any] = {"object": dict, "array": list, "string": str, "number": (int, float), "null": type(None)}
 _COUNTS = (("minItems", "maxItems"), ("minLength", "maxLength"))
+
+
+Place = tuple[str, ...]
+"""Where a part stands: the steps to it from the root."""
 
 
 def checked(schema: Any, where: str) -> None:
     """Raise BadRequest, naming the keyword and its place, unless everything in `schema` will be followed."""
-    parts = 0
-    todo: list[tuple[Any, str, int]] = [(schema, "", 0)]
+    try:
+        json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise BadRequest(f"{where}: the schema holds NaN, Infinity or half a surrogate pair, or is too deep. Correct it.", where) from None
+    parts: dict[Place, dict[str, Any]] = {}
+    todo: list[tuple[Any, Place, int]] = [(schema, (), 0)]
+    count = 0
     while todo:
         part, place, depth = todo.pop()
-        parts += 1
-        if depth > MAX_DEPTH or parts > MAX_PARTS:
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_PARTS:
             raise BadRequest(f"{where}: the schema is too deep or too large ({MAX_DEPTH} levels, {MAX_PARTS} parts). Simplify it.", where)
-        if isinstance(part, bool):
+        if part is True or (part is False and (place[-1:] == ("additionalProperties",) or place[-2:-1] == ("properties",))):
+            parts[place] = {}
             continue
         if not isinstance(part, dict):
-            raise BadRequest(f"{where}: {place or 'the schema'} must be an object.", where)
-        todo += [(each, f"{place}/{name}", depth + 1) for name, each in _checked_part(part, place, schema, where)]
+            what = "must not be false: that allows nothing" if part is False else "must be an object"
+            raise BadRequest(f"{where}: {_shown(place) if place else 'the schema'} {what}.", where)
+        parts[place] = part
+        todo += [(each, (*place, *steps), depth + 1) for steps, each in _checked_part(part, _shown(place), where)]
+    _check_references(parts, where)
 
 
-def _checked_part(part: dict[str, Any], place: str, root: Any, where: str) -> list[tuple[str, Any]]:
+def only_objects(schema: Any) -> bool:
+    """Whether a `checked` schema allows objects alone."""
+    todo, seen = [schema], set()
+    while todo:
+        part = todo.pop()
+        if not isinstance(part, dict):
+            return False
+        if "$ref" in part:
+            if part["$ref"] not in seen:
+                seen.add(part["$ref"])
+                todo.append(_found(schema, _target(part["$ref"])))
+        elif "anyOf" in part:
+            todo += part["anyOf"]
+        elif "const" in part or "enum" in part:
+            if not all(isinstance(value, dict) for value in part.get("enum", [part.get("const")])):
+                return False
+        elif part.get("type", "object" if "properties" in part else None) not in ("object", ["object"]):
+            return False
+    return True
+
+
+def _shown(place: Place) -> str:
+    return "/" + "/".join(place)
+
+
+def _check_references(parts: dict[Place, dict[str, Any]], where: str) -> None:
+    """Each $ref must lead to a part, and not back to itself without anything between."""
+    next_to: dict[Place, list[Place]] = {}
+    for place, part in parts.items():
+        next_to[place] = [(*place, "anyOf", str(index)) for index in range(len(part.get("anyOf", [])))]
+        if "$ref" in part:
+            target = _target(part["$ref"])
+            if target not in parts:
+                said = f"the $ref {str(part['$ref'])[:100]!r} leads nowhere in this schema"
+                raise BadRequest(f"{where}: at {_shown(place)} {said}.", where)
+            next_to[place].append(target)
+    try:
+        TopologicalSorter(next_to).prepare()
+    except CycleError as error:
+        raise BadRequest(f"{where}: the $ref at {_shown(error.args[1][0])} leads back to itself. Put an object or a list between.", where) from None
+
+
+def _target(reference: Any) -> Place | None:
+    if reference == "#":
+        return ()
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[2:]).split("/"))
+
+
+def _found(root: Any, place: Place | None) -> Any:
+    at = root
+    for step in place or ():
+        at = at[int(step)] if isinstance(at, list) else at[step]
+    return at
+
+
+def _checked_part(part: dict[str, Any], place: str, where: str) -> list[tuple[Place, Any]]:
     strange = sorted(part.keys() - _FOLLOWED - _NOTES)
     if strange:
-        here = f"the keyword {strange[0]!r} at {place or '/'}"
-        raise BadRequest(f"{where}: {here} cannot be enforced. Leave it out, or say it in the prompt.", where)
-    wrong = _wrong_type(part) or _wrong_value(part) or _wrong_place(part, root)
+        raise BadRequest(f"{where}: the keyword {strange[0]!r} at {place} cannot be enforced. Leave it out, or say it in the prompt.", where)
+    wrong = _wrong_type(part) or _wrong_value(part) or _wrong_place(part)
     if wrong:
-        raise BadRequest(f"{where}: at {place or '/'} {wrong}.", where)
-    below: list[tuple[str, Any]] = []
+        raise BadRequest(f"{where}: at {place} {wrong}.", where)
+    below: list[tuple[Place, Any]] = []
     for name in ("properties", "$defs", "definitions"):
         inner = part.get(name, {})
         if not isinstance(inner, dict):
-            raise BadRequest(f"{where}: {name} at {place or '/'} must be an object.", where)
-        below += [(f"{name}/{key}", value) for key, value in inner.items()]
-    below += [(f"anyOf/{index}", value) for index, value in enumerate(part.get("anyOf", []))]
-    return below + [(name, part[name]) for name in ("items", "additionalProperties") if name in part]
+            raise BadRequest(f"{where}: {name} at {place} must be an object.", where)
+        below += [((name, key), value) for key, value in inner.items()]
+    below += [(("anyOf", str(index)), value) for index, value in enumerate(part.get("anyOf", []))]
+    return below + [((name,), part[name]) for name in ("items", "additionalProperties") if name in part]
 
 
 def _wrong_type(part: dict[str, Any]) -> str:
     """What is wrong with the type, or with a keyword that does not belong to it; ""."""
     kinds = part.get("type", [])
+    if "type" in part and not kinds:
+        return f"{kinds!r} is no type of JSON"
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if not isinstance(kind, str) or kind not in TYPES:
             return f"{kind!r} is no type of JSON"
@@ -69,7 +144,19 @@ def _wrong_type(part: dict[str, Any]) -> str:
         plain = kind == "object" and "properties" in part and "type" not in part  # an object by what it has
         if name in part and kinds != kind and not plain:
             return f"{name} is followed only beside the type {kind!r} alone"
+    given = part.get("enum", [part["const"]] if "const" in part else [])
+    for value in given if kinds and isinstance(given, list) else []:
+        if not any(_is(value, kind) for kind in (kinds if isinstance(kinds, list) else [kinds])):
+            return f"{str(value)[:60]!r} is not of the type {kinds!r}"
     return ""
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool) or kind == "boolean":
+        return isinstance(value, bool) and kind == "boolean"
+    if kind == "integer":
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, _PYTHON[kind])
 
 
 def _wrong_value(part: dict[str, Any]) -> str:
@@ -92,28 +179,12 @@ def _wrong_value(part: dict[str, Any]) -> str:
     return ""
 
 
-def _wrong_place(part: dict[str, Any], root: Any) -> str:
-    """What stands beside what it cannot stand beside, or leads nowhere; ""."""
+def _wrong_place(part: dict[str, Any]) -> str:
+    """What stands beside what it cannot stand beside; ""."""
     alone = next((name for name in _ALONE if name in part), None)
     beside = sorted(part.keys() - _NOTES - {alone, "$defs", "definitions"} - ({"type"} if alone in ("const", "enum") else set()))
     if alone and beside:
         return f"{beside[0]} beside {alone} cannot be enforced"
-    if "$ref" in part and not _found(root, part["$ref"]):
-        return f"the $ref {str(part['$ref'])[:100]!r} leads nowhere in this schema"
     properties = part.get("properties", {})
-    missing = [name for name in part.get("required", []) if isinstance(properties, dict) and name not in properties]
-    return f"{missing[0][:60]!r} is required and no property" if missing else ""
-
-
-def _found(root: Any, reference: Any) -> bool:
-    if reference == "#":
-        return True
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return False
-    at = root
-    for step in reference[2:].split("/"):
-        key = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(at, dict) or key not in at:
-            return False
-        at = at[key]
-    return True
+    missing = [name for name in part.get("required", []) if isinstance(properties, dict) and properties.get(name, False) is False]
+    return f"{missing[0][:60]!r} is required and no property that may be" if missing else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ OPEN = frozenset({"/health", "/v1/health", "/v1/internal/health"})
 """A probe needs no key, and learns nothing but that the server is up."""
 ADMIN = ("/v1/internal/model/load", "/v1/internal/model/unload", "/v1/internal/model/list", "/v1/internal/lora/", "/metrics")
 """What the admin key is for; everything else takes either key."""
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+/?", re.IGNORECASE)
 _LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
 
 
@@ -66,6 +68,9 @@ def check_settings(settings: Settings) -> None:
     if (settings.api or settings.nowebui) and wide and not settings.api_key:
         raise SettingsError("With --listen the API answers other machines, so it needs a key: give --api-key, or leave --listen out.")
     for origin in settings.cors_origin:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            what = f"--cors-origin {origin[:200]!r} is no origin, so no page would match it"
+            raise SettingsError(f"{what}. Give scheme, name and port, without a path: https://page.example or http://localhost:3000.")
         if origin == "*" and not settings.api_key:
             raise SettingsError("--cors-origin '*' lets every web page use the API: give --api-key too, or name the pages.")
 

@@ -31,10 +31,11 @@ from modules.api.schemas import (
     StopRequest,
     TextRequest,
     TokensRequest,
+    UnloadRequest,
 )
 from modules.app import App
 from modules.backends.base import CancelToken, Embedding, adapters_of
-from modules.errors import AccessDenied
+from modules.errors import AccessDenied, NotFound
 from modules.guard import headers_by_name
 from modules.models import Choice
 from modules.options import nearest
@@ -70,6 +71,7 @@ def _add_health(router: APIRouter, app: App) -> None:
 
     for path in ("/health", "/v1/health", "/v1/internal/health"):
         router.add_api_route(path, health, methods=["GET"], tags=["Server"])
+        router.add_api_route(path, health, methods=["HEAD"], include_in_schema=False)
 
     formats: Any = {200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}}
 
@@ -176,11 +178,14 @@ def _add_models(router: APIRouter, app: App) -> None:
         return _told(body, {"status": "ok", **await run_in_threadpool(info_view, app)})
 
     @router.post("/v1/internal/model/unload", tags=["Models"])
-    def unload() -> Json:
-        """Free the model. Replies under way end with an error; a load under way is cancelled."""
+    def unload(body: UnloadRequest | None = None) -> Response:
+        """Free a model, or all. Its replies under way end with an error; a load under way is cancelled with all."""
         _administer(app)
-        app.models.unload()
-        return {"status": "ok"}
+        body = body or UnloadRequest.model_validate({})
+        if body.model_name is not None and app.models.loaded_as(body.model_name) is None:
+            raise NotFound(f"The model {body.model_name[:200]!r} is not in memory. GET /v1/models tells which are: those with loaded true.")
+        app.models.unload(body.model_name)
+        return _told(body, {"status": "ok"})
 
 
 def _administer(app: App) -> None:

@@ -6,6 +6,8 @@ import base64
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import uuid4
 
@@ -22,6 +24,7 @@ from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from modules.app import App
 from modules.backends.base import CancelToken, Chunk, Embedding, TokenLogprob
 from modules.errors import NotFound, UserError
+from modules.streams import REPLACED, token_places
 
 Json = dict[str, Any]
 Client = Callable[[Request], str]
@@ -76,7 +79,9 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.get("/v1/models", tags=["OpenAI"])
     def models() -> Json:
         """All models of the model folder, and which of them is loaded."""
-        return {"object": "list", "data": [model_view(app, name) for name in _names(app)]}
+        data = [model_view(app, name) for name in _names(app)]
+        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        return {"object": "list", "data": data, "has_more": False, **ends}
 
     @router.get("/v1/models/{name:path}", tags=["OpenAI"])
     def model(name: str) -> Json:
@@ -107,11 +112,17 @@ def _names(app: App) -> list[str]:
 
 
 def model_view(app: App, name: str) -> Json:
-    """A model as /v1/models tells it; what only a loaded one knows is there for that one."""
+    """A model as /v1/models tells it, to OpenAI's clients and Anthropic's; what only a loaded one knows is there for that one."""
     backend = app.models.loaded_as(name)
-    view: Json = {"id": name, "object": "model", "created": 0, "owned_by": "local", "loaded": backend is not None}
+    try:
+        created = int(app.models.places.path(name).stat().st_mtime)
+    except (UserError, OSError):  # one of another server, or from outside of our places
+        created = 0
+    view: Json = {"id": name, "object": "model", "created": created, "owned_by": "local", "loaded": backend is not None}
+    at = datetime.fromtimestamp(created, UTC).isoformat()
+    view |= {"type": "model", "display_name": name, "created_at": at, "lifecycle": "active"}
     if backend:
-        view |= {"context_length": backend.context_length, "max_model_len": backend.context_length, "capabilities": sorted(backend.features)}
+        view |= {"context_length": backend.context_length, "max_model_len": backend.context_length, "features": sorted(backend.features)}
     return view
 
 
@@ -274,29 +285,27 @@ class TextAnswer(_Answer):
         super().__init__(app, body.usage_in_stream, jobs, [index // self.each for index in range(len(jobs))])
         self.body = body
         self.backend = backend_for(app, body.model)
-        self._offset = [0] * len(jobs)
+        self._prompts: list[list[TokenLogprob]] = [[] for _ in jobs]  # log-probabilities of those that are not told yet
 
     async def stream(self, came: AsyncIterator[Part]) -> AsyncIterator[bytes]:
         """The chunks of a stream."""
         echoed = [not self.body.echo] * len(self.jobs)
-        async for part in came:
-            self.counts.seen(part)
-            if not echoed[part.index] and (part.text or part.finish_reason):
+        async for part in self._seen(came):
+            if not echoed[part.index] and (part.text or part.chunk.logprobs or part.finish_reason):
                 echoed[part.index] = True
-                yield self._choice(part.index, self.jobs[part.index].prompt, None)
-            logprobs = self._logprobs(part.index, part.chunk.prompt_logprobs, self._kept(part))
-            if self._kept_text(part) or logprobs:
-                yield self._choice(part.index, self._kept_text(part), logprobs)
+                yield self._choice(part.index, self.jobs[part.index].prompt, self._logprobs(part.index, echoed=True))
+            logprobs = self._logprobs(part.index, [part])
+            if part.text or logprobs:
+                yield self._choice(part.index, part.text, logprobs)
             if part.finish_reason:
-                yield self._choice(part.index, "", None, self._finish(part), **self._timings())
+                yield self._choice(part.index, "", None, _reason(part.finish_reason), **self._timings())
         for each in self._end():
             yield each
 
     async def whole(self, came: AsyncIterator[Part]) -> Json:
         """The whole answer; of `best_of` replies the likeliest."""
         said: list[list[Part]] = [[] for _ in self.jobs]
-        async for part in came:
-            self.counts.seen(part)
+        async for part in self._seen(came):
             said[part.index].append(part)
         kept = []
         for first in range(0, len(self.jobs), self.each):
@@ -306,42 +315,57 @@ class TextAnswer(_Answer):
             kept += list(order)[: self.n]
         return self._whole([self._choice_of(place, index, said[index]) for place, index in enumerate(kept)])
 
+    async def _seen(self, came: AsyncIterator[Part]) -> AsyncIterator[Part]:
+        """What came; with max_tokens 0 without the one token that was needed to have the prompt read."""
+        async for part in came:
+            if self.body.max_tokens == 0:
+                chunk = replace(part.chunk, logprobs=(), completion_tokens=0)
+                part = replace(part, text="", chunk=chunk, places=(), finish_reason=part.finish_reason and "length")  # noqa: PLW2901
+            self.counts.seen(part)
+            self._prompts[part.index] += part.chunk.prompt_logprobs
+            yield part
+
     def _choice_of(self, place: int, index: int, some: list[Part]) -> Json:
-        text = "".join(self._kept_text(part) for part in some)
+        text = "".join(part.text for part in some)
         text = self.jobs[index].prompt + text if self.body.echo else text
-        prompt = [each for part in some for each in part.chunk.prompt_logprobs]
-        logprobs = self._logprobs(index, prompt, [each for part in some for each in self._kept(part)])
-        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": self._finish(some[-1]) if some else "stop"}
-
-    def _kept(self, part: Part) -> Sequence[TokenLogprob]:
-        return () if self.body.max_tokens == 0 else part.chunk.logprobs
-
-    def _kept_text(self, part: Part) -> str:
-        return "" if self.body.max_tokens == 0 else part.text
-
-    def _finish(self, part: Part) -> str:
-        return "length" if self.body.max_tokens == 0 else _reason(part.finish_reason)
+        finish = _reason(some[-1].finish_reason) if some else "stop"
+        return {"index": place, "text": text, "logprobs": self._logprobs(index, some, self.body.echo), "finish_reason": finish}
 
     def _choice(self, index: int, text: str, logprobs: Json | None, finish: str | None = None, **more: Any) -> bytes:
         return self._chunk([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}], **more)
 
-    def _logprobs(self, index: int, prompt: Sequence[TokenLogprob], chosen: Sequence[TokenLogprob]) -> Json | None:
-        if self.body.logprobs is None or not (prompt or chosen):
+    def _logprobs(self, index: int, some: Sequence[Part] = (), echoed: bool = False) -> Json | None:
+        """Those of the prompt, if it is `echoed`, and of `some` parts of the reply."""
+        if self.body.logprobs is None:
             return None
         view: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-        def add(text: str, logprob: float | None, top: Json | None) -> None:
-            for name, value in (("tokens", text), ("token_logprobs", logprob), ("top_logprobs", top), ("text_offset", self._offset[index])):
-                view[name].append(value)
-            self._offset[index] += len(text)
+        def add(name: str, logprob: float | None, top: Json | None, place: int) -> None:
+            for field, value in (("tokens", name), ("token_logprobs", logprob), ("top_logprobs", top), ("text_offset", place)):
+                view[field].append(value)
 
-        if prompt and not self._offset[index]:  # nothing stands before the first token, so it has no probability
-            tokens = cast(tuple[int, ...], self.jobs[index].request.prompt)
-            add(self.backend.decode(tokens[:1]), None, None)
-        for each in (*prompt, *chosen):
-            top = {text: max(value, -9999.0) for _, text, value in each.top[: self.body.logprobs]}
-            add(each.text, max(each.logprob, -9999.0), top)
-        return view
+        prompt = self.jobs[index].prompt
+        told = [(place, each) for part in some for place, each in zip(part.places, part.chunk.logprobs, strict=True)]
+        start = len(prompt) if self.body.echo else 0
+        entries = [(start + place, each) for place, each in told]
+        if echoed:
+            first = cast(tuple[int, ...], self.jobs[index].request.prompt)[0]
+            text = self.backend.decode((first,))
+            places = token_places(prompt, [text, *(each.text for each in self._prompts[index])])
+            add(_token_name(first, text), None, None, places[0])  # nothing stands before it, so it has no probability
+            entries = [*zip(places[1:], self._prompts[index], strict=True), *entries]
+        for place, each in entries:
+            top: Json = {}
+            for token, text, logprob in each.top[: self.body.logprobs]:
+                name = _token_name(token, text)
+                top[name if name not in top else _token_name(token)] = max(logprob, -9999.0)
+            add(_token_name(each.token, each.text), max(each.logprob, -9999.0), top, place)
+        return view if view["tokens"] else None
+
+
+def _token_name(token: int, text: str = REPLACED) -> str:
+    """The text of a token; its id where that is no whole text, so that each has a name of its own."""
+    return f"token_id:{token}" if REPLACED in text else text
 
 
 def _likelihood(some: Sequence[Part]) -> float:

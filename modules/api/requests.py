@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from modules import tool_calls
 from modules.api.errors import BadRequest
-from modules.api.json_schema import checked
+from modules.api.json_schema import checked, only_objects
 from modules.api.schemas import ChatMessage, ChatRequest, CompletionRequest
 from modules.app import App
 from modules.backends.base import Backend, CancelToken, GenerationRequest, Seeing, adapters_of
@@ -27,6 +27,8 @@ from modules.settings import ChatOptions
 from modules.templates import FALLBACK, ChatTemplate, stop_strings
 
 MAX_IMAGES = 16
+LONGEST_TOKEN = 512
+"""Characters that no vocabulary has in one token; the longest known are 128 spaces."""
 COMPLETION_TOKENS = 512
 """Of a completion that does not say how long it may be, as in the earlier system."""
 _ROLES = {"developer": "system"}
@@ -68,7 +70,7 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
     messages, images = _messages(backend, body.messages)
     _check_images(backend, images)
     prompt, stops, names = _prompted(backend, body, chat, template, messages, tools, thinking=not (constraint or sampling.grammar_string))
-    tokens = () if images else tuple(backend.encode(prompt))
+    tokens = () if images else _encoded(backend, prompt)
     if fitting:
         _check_length(backend, tokens, sampling)
     logprobs = max(1, body.top_logprobs if body.top_logprobs is not None else 0) if body.logprobs else 0
@@ -109,7 +111,7 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
         raise BadRequest("max_tokens 0 asks for the prompt alone: set echo, and logprobs for its log-probabilities.", "max_tokens")
     jobs = []
     for prompt in _prompts(body):
-        tokens = tuple(backend.encode(prompt, sampling.add_bos_token) if isinstance(prompt, str) else prompt)
+        tokens = _encoded(backend, prompt, sampling.add_bos_token) if isinstance(prompt, str) else tuple(prompt)
         _check_length(backend, tokens, sampling)
         request = GenerationRequest(
             tokens,
@@ -152,11 +154,13 @@ def _sampling(app: App, body: Any) -> tuple[SamplingParams, tuple[str, ...]]:
             given[name] = [value]
     if body.preset:
         given |= app.presets.get(body.preset)
+    asked = [name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if getattr(body, name, None) is not None]
+    twice = [f"{name} is not followed: {asked[0]} goes before it" for name in asked[1:]]
     sampling = SamplingParams().replace(given, "the request")
     neutral, honoured = SamplingParams(), app.models.status_of(app.models.answering(body.model)).samplers
     idle = [name for name in given if name not in honoured and getattr(sampling, name) != getattr(neutral, name)]
     without = [f"{name} has no effect with this loader" for name in sorted(idle)]
-    return sampling, (*without, *(f"{name} is unknown" for name in body.unknown()))
+    return sampling, (*twice, *without, *(f"{name} is unknown" for name in body.unknown()))
 
 
 def backend_for(app: App, wanted: str) -> Backend:
@@ -170,20 +174,16 @@ def backend_for(app: App, wanted: str) -> Backend:
 
 def answerer(app: App, job: Job) -> str:
     """The name of the model that answers `job`."""
-    return job.request.model or app.models.status().name or ""
+    return job.request.model or app.models.status_of("").name or ""
 
 
 def _model(app: App, wanted: str) -> tuple[str, ...]:
-    if app.models.answering(wanted):
-        return ()
-    loaded = app.models.status().name
-    if not wanted or wanted == loaded:
-        return ()
-    return (f"model {wanted[:200]!r} is not loaded; answered by {loaded!r}",)
+    answers = app.models.answering(wanted)
+    return (f"model {wanted[:200]!r} is not loaded; answered by {answers!r}",) if wanted and wanted != answers else ()
 
 
 def _seed(seed: int | None) -> int:
-    return secrets.randbelow(2**31) if seed is None or seed == -1 else seed % 2**32
+    return secrets.randbelow(2**31) if seed is None or seed == -1 else seed
 
 
 def _most(body: Any, given: int | None, default: int | None) -> int | None:
@@ -209,6 +209,13 @@ def _need(backend: Backend, feature: str, wanted: Any, param: str) -> None:
 
 def _need_grammar(backend: Backend, wanted: Any) -> None:
     _need(backend, "grammar", wanted, "response_format, grammar_string and a required tool_choice")
+
+
+def _encoded(backend: Backend, text: str, add_bos: bool = False) -> tuple[int, ...]:
+    """Tokens of a prompt. One that no context could hold is not even counted: that would take the engine's time from others."""
+    if len(text) > backend.context_length * LONGEST_TOKEN:
+        raise PromptTooLong(f"The prompt has {len(text):,} characters; a context of {backend.context_length:,} tokens cannot hold them. Shorten it.")
+    return tuple(backend.encode(text, add_bos))
 
 
 def _check_length(backend: Backend, tokens: Sequence[int], sampling: SamplingParams) -> None:
@@ -384,7 +391,10 @@ def _tools_of(body: ChatRequest) -> tuple[dict[str, Json], bool, Json | None]:
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise BadRequest(f'tools[{place}] must be {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}.', "tools")
-        whole = {"description": "", **function, "parameters": function.get("parameters") or {"type": "object", "properties": {}}}
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+            raise BadRequest(f'tools[{place}]: parameters must be the schema of an object, {{"type": "object", "properties": ...}}.', "tools")
+        whole = {"description": "", **function, "parameters": parameters}
         tools[function["name"]] = {"type": "function", "function": whole}
     choice = body.tool_choice
     if choice in (None, "auto"):
@@ -399,7 +409,10 @@ def _tools_of(body: ChatRequest) -> tuple[dict[str, Json], bool, Json | None]:
         raise BadRequest("tool_choice requires a tool and there are none.", "tool_choice")
     for tool in tools.values():
         if named in (None, tool["function"]["name"]):
-            checked(tool["function"]["parameters"], f"tools: {tool['function']['name']}")
+            where, parameters = f"tools: {tool['function']['name']}", tool["function"]["parameters"]
+            checked(parameters, where)
+            if not only_objects(parameters):
+                raise BadRequest(f'{where}: parameters must be the schema of an object, {{"type": "object", "properties": ...}}.', "tools")
     schema = tool_calls.grammar_schema(list(tools.values()), named, parallel=body.parallel_tool_calls is not False and named is None)
     return tools, True, schema
 

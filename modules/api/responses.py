@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from modules.api.errors import BadRequest
+from modules.api.errors import BadRequest, words_of
 from modules.api.limits import StrictRoute
 from modules.api.requests import Job, answerer, backend_for, chat_job, prompt_length
 from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
@@ -321,7 +321,7 @@ class ResponseAnswer:
 
     def failed(self, error: UserError) -> list[bytes]:
         """The last event of a stream that failed."""
-        self.view |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+        self.view |= {"status": "failed", "error": {"code": "server_error", "message": words_of(error)}}
         return [self._event("response.failed", response=self.view)]
 
     def _event(self, type: str, /, **fields: Any) -> bytes:
@@ -334,7 +334,7 @@ class ResponseAnswer:
             self._waiting = []
             yield from self._say("reasoning", part.reasoning)
         elif self._logprobs:
-            self._waiting += [logprob_view(each, self._top) for each in part.chunk.logprobs]
+            self._waiting += [_with_bytes(logprob_view(each, self._top)) for each in part.chunk.logprobs]
         if part.text:
             yield from self._say("message", part.text)
         for call in part.calls:
@@ -415,6 +415,12 @@ class ResponseAnswer:
         yield self._event("response.function_call_arguments.done", **self._place, arguments=call.arguments, name=call.name)
         self.view["output"][-1] |= {"status": "completed", "arguments": call.arguments}
         yield self._done()
+
+
+def _with_bytes(view: Json) -> Json:
+    """A token whose bytes are a list, which here must be one."""
+    others = [{**each, "bytes": each["bytes"] or []} for each in view["top_logprobs"]]
+    return {**view, "bytes": view["bytes"] or [], "top_logprobs": others}
 
 
 def _new_view(model: str, body: ResponsesRequest, job: Job) -> Json:

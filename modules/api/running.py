@@ -22,8 +22,9 @@ from modules import tool_calls
 from modules.api.requests import Job
 from modules.app import App
 from modules.backends.base import Chunk, TokenLogprob
-from modules.errors import UserError
+from modules.errors import Busy, UserError
 from modules.log import logger
+from modules.streams import REPLACED
 from modules.text_generation import generate_reply, raw_reply, split_reply
 from modules.tool_calls import ToolCall, ToolStream
 
@@ -48,6 +49,8 @@ class Part:
     stop: str = ""
     """The stop string that ended it."""
     reasoning_tokens: int = 0
+    places: tuple[int, ...] = ()
+    """Of each of the chunk's log-probabilities: characters of the raw reply before its token."""
 
 
 @dataclass
@@ -81,6 +84,7 @@ async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterato
     """
     came: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
     post = _post()
+    post.queues.add(came)
 
     def put(what: Part | BaseException | None) -> None:
         post.put(came, what)
@@ -107,8 +111,15 @@ async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterato
                 else:
                     yield what
     finally:
+        post.queues.discard(came)
         for job in jobs:
             job.request.cancel.cancel()
+
+
+def end_all() -> None:
+    """End the replies of this event loop with an error that says that the server ends, which their clients are still told."""
+    for queue in _post().queues:
+        queue.put_nowait(Busy("The server is shutting down. Send again when it is back.", retry_after=30))
 
 
 class _Post:
@@ -118,6 +129,8 @@ class _Post:
         self._loop = loop
         self._lock = threading.Lock()
         self._came: list[tuple[asyncio.Queue[Any], Any]] = []
+        self.queues: set[asyncio.Queue[Any]] = set()
+        """Those of replies that are being written. For the event loop's own thread."""
 
     def put(self, queue: asyncio.Queue[Any], what: Any) -> None:
         """Put `what` into `queue`, from any thread."""
@@ -162,14 +175,13 @@ def _written(app: App, index: int, job: Job) -> Iterator[Part]:
             said = ""
             if piece.chunk.finish_reason:
                 calls = tuple(tool_calls.parse_forced("".join(text), job.tools))
-                said = "" if calls else "".join(text)  # it was cut off: what there is, is shown
         called = called or bool(calls)
         if called and job.one_call:
             job.request.cancel.cancel()
         reason = piece.chunk.finish_reason
         ended = "tool_calls" if called and (reason == "stop" or (reason and job.one_call)) else reason
         if said or piece.reasoning or calls or ended or piece.chunk.logprobs or piece.chunk.prompt_logprobs or piece.chunk.queue_position is not None:
-            yield Part(index, said, piece.reasoning, calls, piece.chunk, ended, piece.stop, piece.reasoning_tokens)
+            yield Part(index, said, piece.reasoning, calls, piece.chunk, ended, piece.stop, piece.reasoning_tokens, piece.places)
 
 
 async def begun(stream: AsyncIterator[Part]) -> AsyncIterator[Part]:
@@ -280,12 +292,10 @@ def told_headers(ignored: Sequence[str]) -> dict[str, str]:
 
 
 def logprob_view(chosen: TokenLogprob, top: int) -> dict[str, Any]:
-    """A token with its `top` likeliest alternatives, as OpenAI's chats tell it."""
-    text, logprob, raw = logprob_of(chosen)
-    others = [{"token": t, "logprob": max(p, -9999.0), "bytes": list(t.encode("utf-8", "replace"))} for _, t, p in chosen.top[:top]]
-    return {"token": text, "logprob": logprob, "bytes": raw, "top_logprobs": others}
+    """A token with its `top` likeliest alternatives, as OpenAI's chats tell it. The bytes of a part of a character are not known."""
 
+    def view(text: str, logprob: float) -> dict[str, Any]:
+        known = None if REPLACED in text else list(text.encode("utf-8", "replace"))
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": known}
 
-def logprob_of(chosen: TokenLogprob) -> tuple[str, float, list[int]]:
-    """Text, log-probability and UTF-8 bytes of a token."""
-    return chosen.text, max(chosen.logprob, -9999.0), list(chosen.text.encode("utf-8", "replace"))
+    return {**view(chosen.text, chosen.logprob), "top_logprobs": [view(text, logprob) for _, text, logprob in chosen.top[:top]]}

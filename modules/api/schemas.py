@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from modules.api.errors import BadRequest
+from modules.api.errors import BadRequest, what_is_wrong
 from modules.options import Options
 from modules.samplers import SamplingParams
 from modules.settings import ChatOptions
@@ -35,7 +35,19 @@ def _optional(options: type[Options], names: tuple[str, ...]) -> dict[str, Any]:
     return fields
 
 
-class _Request(BaseModel):
+class _Nullable(BaseModel):
+    """Null, for a field that may be left out, is the same as leaving it out: OpenAI's and Anthropic's clients may send it for any such field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name not in optional}
+
+
+class _Request(_Nullable):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     def unknown(self) -> list[str]:
@@ -51,7 +63,7 @@ _Sampling = create_model("_Sampling", __base__=_Request, **_optional(SamplingPar
 _Speaking = create_model("_Speaking", __base__=_Sampling, **_optional(ChatOptions, CHAT_FIELDS))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Nullable):
     """What a stream tells besides the text."""
 
     include_usage: bool = False
@@ -63,7 +75,7 @@ class _Local(_Request):
     model: str = ""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     preset: str | None = Field(default=None, description="Sampling values of that preset, which go before those of the request.")
-    seed: int | None = Field(default=None, description="The same seed and request give the same reply. -1: another one each time.")
+    seed: int | None = Field(default=None, ge=-1, lt=2**32, description="The same seed and request give the same reply. -1: another each time.")
 
 
 class _Templated(_Speaking):  # type: ignore[valid-type, misc]
@@ -165,7 +177,7 @@ class Thinking(BaseModel):
     budget_tokens: int | None = None
 
 
-class AnthropicChoice(BaseModel):
+class AnthropicChoice(_Nullable):
     """Which tool must be called, if any."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -248,9 +260,7 @@ def as_chat(body: AnthropicCountRequest | ResponsesRequest, fields: dict[str, An
     try:
         return ChatRequest.model_validate({name: getattr(body, name) for name in common} | fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"The request is not as expected: {where}: {first['msg']}.", where) from None
+        raise BadRequest(*what_is_wrong(error.errors(), fields)) from None
 
 
 class RerankDocument(BaseModel):
@@ -305,6 +315,12 @@ class LoadRequest(_Request):
     model_name: str
     loader: str = Field("", description="Found from the file when not given.")
     args: dict[str, Any] = Field({}, description="Options of that loader, by name.")
+
+
+class UnloadRequest(_Request):
+    """POST /v1/internal/model/unload."""
+
+    model_name: str | None = Field(None, description="The model to free; all when not given.")
 
 
 class AdaptersRequest(_Request):

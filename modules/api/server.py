@@ -17,10 +17,10 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.responses import Response
 
 from modules.api import anthropic, management, openai, responses
-from modules.api.errors import anthropic_body, anthropic_error, documented, headers_of, openai_body, openai_error, status_of
+from modules.api.errors import anthropic_body, anthropic_error, documented, headers_of, openai_body, openai_error, status_of, what_is_wrong
 from modules.api.keys import OPEN, ApiGuard, Keys, check_settings
 from modules.api.limits import BodyLimit
-from modules.api.running import Gone
+from modules.api.running import Gone, end_all
 from modules.app import App
 from modules.errors import UserError
 from modules.guard import ASGIApp, Hosts
@@ -73,10 +73,10 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        text = f"The request is not as expected: {where + ': ' if where else ''}{first['msg']}."
-        return answer(request, 400, openai_body(400, text, "invalid_request", where or None), anthropic_body(400, text))
+        text, param = what_is_wrong(error.errors(), error.body)
+        if isinstance(error.body, bytes) and error.body and "json" not in request.headers.get("content-type", ""):
+            text = "The body is not read as JSON: send the header 'Content-Type: application/json' with it."
+        return answer(request, 400, openai_body(400, text, "invalid_request", param), anthropic_body(400, text))
 
     @api.exception_handler(AnyHTTPException)
     def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -94,13 +94,20 @@ def _add_errors(api: FastAPI) -> None:
         return answer(request, 500, openai_body(500, text, "internal_error"), anthropic_body(500, text))
 
 
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Clients of replies that are being written are told before their connections are closed."""
+        end_all()
+        await super().shutdown(sockets)
+
+
 class ApiServer:
     """A server of the API on its own port, in a thread with an event loop of its own: the page and the API do not wait for each other."""
 
     def __init__(self, api: ASGIApp, listener: Any, **options: Any) -> None:
         """`options`: further ones of uvicorn, as for TLS."""
         config = uvicorn.Config(api, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, ws="none", **options)
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._thread = threading.Thread(target=self._run, args=(listener,), name="api", daemon=True)
 
     @property

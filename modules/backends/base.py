@@ -316,6 +316,8 @@ class Loader:
     """Names of the SamplingParams fields that this engine honours."""
     package: str = ""
     """Import name of the package needed; empty when none."""
+    inspected: bool = False
+    """Whether `inspect_model` reads its models, so that a broken one is refused before anything is done for it."""
     own_process: bool = False
     """Whether its models have a process of their own, so that `Backend.memory` is all that a model takes."""
     info: Mapping[str, str] = field(default_factory=dict)

@@ -56,7 +56,7 @@ def _menus(app: App) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown]:
     found = [(AUTOMATIC, ""), *((each.name, each.name) for each in loaders.LOADERS)]
     own = [(OWN_TEMPLATE, ""), *((name, name) for name in app.templates.names())]
     with gr.Row(elem_classes="tgw-choose"):
-        hint = Words("Put .gguf files into {folder} and press Refresh.", {"folder": app.data.models})
+        hint = Words("Put .gguf files, or folders of models, into {folder} and press Refresh.", {"folder": app.data.models})
         model = gr.Dropdown([], label="Model", info=hint, interactive=True, scale=4, elem_classes="tgw-models")
         loader = gr.Dropdown(
             found,

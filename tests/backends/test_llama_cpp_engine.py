@@ -28,6 +28,7 @@ pytest.importorskip("gguf")
 
 from modules.backends.llama_cpp import engine as engine_module  # noqa: E402
 from modules.backends.llama_cpp import jobs as jobs_module  # noqa: E402
+from modules.backends.llama_cpp import model as model_module  # noqa: E402
 from modules.backends.llama_cpp.cache import Cache  # noqa: E402
 from modules.backends.llama_cpp.engine import Engine, Outlet, memory_in_use, spill_bytes  # noqa: E402
 from modules.backends.llama_cpp.jobs import adapters_key, error_frame, make_job, prepare  # noqa: E402
@@ -125,6 +126,18 @@ def bare_loop(model: Model, prompt: str, count: int) -> list[int]:
         lib.llama_decode(context, lib.llama_batch_get_one((ctypes.c_int32 * 1)(best), 1))
     lib.llama_free(context)
     return found
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_start|>user\nhi <|im_end|>  <|im_end|>x" * 40, "<|im_start|>" * 300, "plain words " * 300, "é<|im_end|>🦊 " * 100, ""]
+)
+def test_a_text_that_is_tokenised_in_parts_has_the_same_tokens(model, monkeypatch, text):
+    whole = model.tokenize(text.encode(), True)
+    parts = list(model._parts(text.encode()))
+    assert parts == [text.encode()]  # short enough
+    monkeypatch.setattr(model_module, "PART_BYTES", 16)
+    assert len(list(model._parts(text.encode()))) > 20 * ("<|" in text) and b"".join(model._parts(text.encode())) == text.encode()
+    assert model.tokenize(text.encode(), True) == whole
 
 
 @pytest.mark.engine

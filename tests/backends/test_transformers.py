@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import math
 import socket
 import weakref
@@ -352,6 +353,31 @@ def test_grammars_and_schemas_are_followed(backend, values, wanted):
     assert chunks[-1].finish_reason in ("stop", "length")
     if chunks[-1].finish_reason == "stop":
         assert re.fullmatch(wanted, text_of(chunks))
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"enum": ["a\n", "\x01", "😀", 'q"\\']}, ["a\n", "\x01", "😀", 'q"\\'], ["a", "\ufffd"]),
+        *(({"properties": {n: {"const": 1}}, "type": "object", "required": [n]}, [{n: 1}], [{n: 2}, {}, True]) for n in ("", "\x00", "$ref", "😀")),
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "additionalProperties": False}, [{"n": {"n": {}}}], [{"n": 1}]),
+        ({"type": "object", "properties": {"a": False}}, [{}], [{"a": 1}]),
+        ({"$ref": "#/definitions/a~0~1b", "definitions": {"a~/b": {"const": 7}}}, [7], [8]),
+    ],
+)
+def test_schemas_with_strange_names_and_references(schema, good, bad):
+    from llguidance import LLMatcher, LLTokenizer
+
+    from modules.backends.transformers.grammar import _of_schema
+
+    bytes_ = LLTokenizer("byte")
+
+    def follows(value) -> bool:
+        raw = json.dumps(value, ensure_ascii=False).encode()
+        matcher = LLMatcher(bytes_, _of_schema(json.dumps(schema)), log_level=0)
+        return matcher.try_consume_tokens(bytes_.tokenize_bytes(raw)) == len(raw) and matcher.is_accepting()
+
+    assert all(map(follows, good)) and not any(map(follows, bad))
 
 
 @pytest.mark.parametrize(

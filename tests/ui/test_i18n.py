@@ -107,11 +107,11 @@ def test_what_is_left_in_latin_letters_is_a_name():
 
 
 def test_a_text_says_itself_in_the_language_of_who_asks():
-    put = Words("Put .gguf files into {folder} and press Refresh.", {"folder": "/x"})
+    put = Words("Put .gguf files, or folders of models, into {folder} and press Refresh.", {"folder": "/x"})
     with speaking(lambda: "ru"):
-        assert (str(Words("Temperature")), str(put)) == ("Температура", "Положите файлы .gguf в /x и нажмите «Обновить».")
+        assert (str(Words("Temperature")), str(put)) == ("Температура", "Положите файлы .gguf или папки моделей в /x и нажмите «Обновить».")
         assert str(Words("not translated {x}")) == "not translated {x}"
-    assert (str(Words("Temperature")), str(put)) == ("Temperature", "Put .gguf files into /x and press Refresh.")
+    assert (str(Words("Temperature")), str(put)) == ("Temperature", "Put .gguf files, or folders of models, into /x and press Refresh.")
 
 
 def test_gradio_writes_it_as_a_string_into_the_page():

@@ -23,4 +23,6 @@ def _load(path: Path, options: Options, progress: Progress, cancel: CancelToken)
     return load(path, cast(LlamaCppOptions, options), progress, cancel)
 
 
-LOADER = Loader(name="llama.cpp", options=LlamaCppOptions, detect=detect, load=_load, samplers=SUPPORTED, package="llama_cpp", own_process=True)
+LOADER = Loader(
+    name="llama.cpp", options=LlamaCppOptions, detect=detect, load=_load, samplers=SUPPORTED, package="llama_cpp", inspected=True, own_process=True
+)

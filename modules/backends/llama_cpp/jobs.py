@@ -90,12 +90,10 @@ def _with_schema(plan: Sequence[Sequence[Any]], schema: str) -> list[tuple[str, 
     try:
         parsed = json.loads(schema)
         _check_counts(parsed)
-        if isinstance(parsed, dict) and "$ref" in parsed:  # at the root the converter overlooks what stands beside it
-            parsed["anyOf"] = [{"$ref": parsed.pop("$ref")}]
         grammar = grammar_of(parsed)
     except SettingsError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever a converter of others makes of a hostile schema
+    except Exception as error:  # noqa: BLE001  # whatever a hostile schema leads to
         raise SettingsError(f"The JSON schema cannot be used: {str(error)[:200] or type(error).__name__}. Correct or simplify it.") from None
     return [("grammar", {"text": grammar}), *stages]
 

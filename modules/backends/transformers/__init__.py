@@ -38,4 +38,5 @@ LOADER = Loader(
         *("custom_stopping_strings", "grammar_string", "guidance_scale", "negative_prompt", "prompt_lookup_num_tokens"),
     },
     package="transformers",
+    inspected=True,
 )

@@ -1,5 +1,5 @@
 // The model: its card, its name in the header.
-import { TOUCH, number, el, api, bytes, write, slug, t } from './core.js';
+import { TOUCH, number, el, api, bytes, write, slug, t, toast } from './core.js';
 import { chat } from './chat.js';
 import { head } from './head.js';
 import { live } from './composer.js';
@@ -48,6 +48,7 @@ export const model = {
 
   show(status) {
     if (status.state !== 'ready' || status.name !== this.status.name) this.engine = null;
+    if (this.status.state === 'loading' && status.state === 'ready' && status.name !== this.status.name) toast(status.text);  // why it is not the one asked for
     this.status = status;
     const name = status.name?.split('/').at(-1).replace(/\.gguf$/i, '') || '';
     const percent = `${Math.round((status.progress || 0) * 100)} %`;

@@ -143,6 +143,7 @@ export const chosen = {
 
   async remove() {
     const name = this.name;
+    if (name && model.status.name === name && ['ready', 'loading'].includes(model.status.state)) return toast(t('This model is in memory. Unload it first.'));
     if (!name || !await sure(t('Delete this model?'), t('“{name}” will be gone from the disk ({size}).', { name, size: bytes(this.found?.card?.size || 0) }))) return;
     if (!await attempt(() => api('POST', 'models/delete', { name }))) return;
     toast(t('Deleted.'), 'done');
