@@ -78,9 +78,12 @@ def _menu(app: App, kind: str, names: list[str]) -> gr.Dropdown:
 
 
 def _fresh(menu: Component, folder: str) -> None:
-    """Let a menu offer the files that are there when it is opened."""
-    assert isinstance(menu, gr.Dropdown)
-    menu.focus(None, None, menu, js=f"() => window.tgwPanel.menu({json.dumps(folder)})", **QUIET)
+    """Let a menu offer the files that are there whenever the script presses a button: when the panel is opened.
+
+    Not when the menu is opened: with a list that changes meanwhile, Gradio takes back what is chosen in it.
+    """
+    button = gr.Button("", visible="hidden", elem_classes="tgw-lists")
+    button.click(None, None, menu, js=f"() => window.tgwPanel.menu({json.dumps(folder)})", **QUIET)
 
 
 def _call(kind: str, function: str) -> str:

@@ -64,9 +64,16 @@ def build_page(app: App, who: gradio_api.Who | None = None) -> gr.Blocks:
 def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
     """Let the controls show the values in effect, which the page's script knows, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
-    spans = {name: [control.minimum, control.maximum] if isinstance(control, gr.Slider) else None for name, control in made.items()}
+    spans = {name: _span(control) for name, control in made.items()}
     again.click(None, None, list(made.values()), js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
     page.load(None, None, None, js="() => { window.tgwControls = true; window.tgw?.controls(); }", **QUIET)
+
+
+def _span(control: Component) -> Any:
+    """What the control can show: of a slider its range, of a menu of files those that were there at the start; else None."""
+    if isinstance(control, gr.Slider):
+        return {"range": [control.minimum, control.maximum]}
+    return {"files": control.choices} if isinstance(control, gr.Dropdown) and control.allow_custom_value else None
 
 
 def appearance() -> dict[str, Any]:

@@ -28,6 +28,13 @@ def _echo(_request: pytest.FixtureRequest) -> Backend:
     return EchoBackend(_endless, context_length=512)
 
 
+def _slowly(request: GenerationRequest) -> Iterator[str]:
+    """So slowly that a reply still comes when a test stops reading it."""
+    for word in _endless(request):
+        request.cancel.wait(0.01)
+        yield word
+
+
 def _llama_cpp(request: pytest.FixtureRequest) -> Backend:
     pytest.importorskip("llama_cpp")
     from modules.backends.llama_cpp import LOADER
@@ -52,7 +59,9 @@ def _over_http(request: pytest.FixtureRequest, serve: AbstractContextManager[str
 
 
 def _our_api(request: pytest.FixtureRequest) -> Backend:
-    return _over_http(request, remote_help.our_api(lambda: _echo(request), request.getfixturevalue("tmp_path_factory").mktemp("api")))
+    return _over_http(
+        request, remote_help.our_api(lambda: EchoBackend(_slowly, context_length=512), request.getfixturevalue("tmp_path_factory").mktemp("api"))
+    )
 
 
 def _llama_cpp_server(request: pytest.FixtureRequest) -> Backend:

@@ -469,7 +469,7 @@ def test_loading_and_unloading_a_model(live_server, new_tab):
 
     tab = new_tab()
     open_tab(tab, "Model")
-    card = tab.locator(".tgw-card")
+    card = tab.locator("#tgw-status .tgw-card")
     expect(card).to_contain_text("Ready")
     tab.get_by_role("button", name="Unload").click()
     expect(card).to_contain_text("No model is loaded")
@@ -486,7 +486,7 @@ def test_loading_and_unloading_a_model(live_server, new_tab):
     tab.get_by_label("Model", exact=True).click()
     tab.get_by_role("option", name="model.fake").click()
     tab.get_by_role("button", name="Load", exact=True).click()
-    expect(tab.locator(".tgw-card")).to_contain_text("The file is cut off.\nDownload it again.", use_inner_text=True)
+    expect(card).to_contain_text("The file is cut off.\nDownload it again.", use_inner_text=True)
 
 
 def test_dark_and_light(live_server, new_tab):

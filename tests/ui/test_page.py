@@ -88,7 +88,10 @@ def test_every_value_in_effect_is_shown(page):
     assert spans.keys() == SHOWN.keys()
     for (name, span), control in zip(spans.items(), event.outputs, strict=True):
         assert f"knob-{name}" in (control.elem_classes or []) or name in MENUS
-        assert span == ([control.minimum, control.maximum] if isinstance(control, gr.Slider) else None)
+        if isinstance(control, gr.Slider):
+            assert span == {"range": [control.minimum, control.maximum]}
+        else:
+            assert span is None or [file for _, file in span["files"]] == [file for _, file in control.choices]
 
 
 def test_characters_and_users_are_chosen_saved_and_deleted_as_files(page):

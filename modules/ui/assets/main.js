@@ -100,7 +100,7 @@ theme.build();
 window.tgw = {
   library,
   set(name, value) { if (name === 'language') rememberLanguage(value); session.set(name, value); },
-  controls: () => session.ready(),
+  controls() { session.ready(); if (panel.shown) panel.read(); },
   /** Whether the controls show what is in effect. */
   painted: () => session.painted,
   setMany(values) { Object.assign(session.pending, values); session.flush(); },
@@ -134,7 +134,7 @@ window.tgw = {
 };
 
 model.show(model.status);
-if (window.tgwControls) session.ready();
+if (window.tgwControls) window.tgw.controls();
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);
 sidebar.load();
 chat.open(shownInAddress()).then(() => rememberLanguage(session.values.language));

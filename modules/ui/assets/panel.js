@@ -23,10 +23,14 @@ export const panel = {
 
   show(open) {
     document.body.classList.toggle('tgw-with-panel', open);
+    if (open) this.read();
     const place = document.getElementById('tgw-panel');
     place?.setAttribute('role', 'region');
     place?.setAttribute('aria-label', t('Settings of this chat'));
   },
+
+  /** What files there are, for its menus. */
+  read() { for (const button of document.querySelectorAll('.tgw-lists')) button.click(); },
 
   toggle(open = !this.shown) {
     if (open === this.shown) return;
@@ -56,14 +60,16 @@ function within(name, value, low, high) {
   return Math.min(most, Math.max(least, value ?? least));
 }
 
-/** What the controls show from now on: the values in effect. `spans`: their names, in order, with the range of each that is a slider. */
+/** What the controls show from now on: the values in effect. `spans`: their names, in order, with the range of a slider, the files of a menu. */
 function show(spans) {
   session.told();
   return Object.entries(spans).map(([name, span]) => {
     const value = session.values[name];
     if (value === undefined || session.changing(name)) return update();
     if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
-    return update({ value, minimum: Math.min(value, span[0]), maximum: Math.max(value, span[1]) });  // the API may have set it beyond
+    if (span.range) return update({ value, minimum: Math.min(value, span.range[0]), maximum: Math.max(value, span.range[1]) });  // the API may have set it beyond
+    const listed = !value || span.files.some(([, file]) => file === value);
+    return update({ value, ...(!listed && { choices: [...span.files, [value, value]] }) });
   });
 }
 
