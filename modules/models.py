@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from modules import loaders, memory
-from modules.backends import openai_server
-from modules.backends.base import Adapter, Adapting, Backend, CancelToken, EngineStats, Loader, Measured
-from modules.devices import MAIN, devices
-from modules.errors import Busy, ModelError, NoModel, SettingsError, UserError
+from modules import memory
+from modules.backends.base import Adapter, Adapting, Backend, CancelToken, EngineStats, Measured
+from modules.choices import Choice, Choices
+from modules.devices import devices
+from modules.errors import Busy, ModelError, NoModel, UserError
 from modules.inspect_model import inspect
 from modules.log import logger
 from modules.model_settings import FILE, ModelSettings
@@ -46,16 +46,6 @@ class ModelStatus:
     context_length: int | None = None
     memory: int | None = None
     samplers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A model, the loader and the options to load it with."""
-
-    name: str
-    path: Path
-    loader: Loader
-    options: Options
 
 
 @dataclass(frozen=True)
@@ -118,12 +108,10 @@ class ModelSlot:
     ) -> None:
         """`template` gives the text of an instruction template by name."""
         self.data = data
-        self.places = places or Places((data.models,), {})
-        self.settings = ModelSettings(data.models / FILE)
+        self.choices = Choices(data, options, places or Places((data.models,), {}), ModelSettings(data.models / FILE))
         self.rules = rules or Rules()
         self.adapters: tuple[Adapter, ...] = ()
         """To use with every model that can (`--lora`)."""
-        self._options = options
         self._template = template
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -163,16 +151,25 @@ class ModelSlot:
         engine = measured(backend) if backend else None
         return engine.stats() if engine else None
 
+    @property
+    def places(self) -> Places:
+        """Where models are."""
+        return self.choices.places
+
+    @property
+    def settings(self) -> ModelSettings:
+        """What is saved for each model."""
+        return self.choices.settings
+
     def names(self) -> list[str]:
-        """Names of all models, of a server named in the settings too. May wait some seconds for that one."""
-        remote = self._options.get(openai_server.LOADER.options)
-        return [*self.places.names(), *(openai_server.models(remote) if remote else ())]
+        """See `Choices.names`."""
+        return self.choices.names()
 
     def last_used(self) -> str:
         """The name of the model that was loaded last, by an earlier run too, if it is still there; else ""."""
         try:
             name = self._last_file.read_text("utf-8")[:4096].strip()
-            return name if name and self._path(name) else ""
+            return name if name and self.choices.path(name) else ""
         except (OSError, ValueError, UserError):
             return ""
 
@@ -229,14 +226,15 @@ class ModelSlot:
 
     def answering(self, name: str) -> str:
         """The name of the model that answers a request for `name`: where that one is not to be had, the current one; "" where there is none."""
+        may_load = bool(name) and self.rules.on_request and name not in self._loaded and self._is_there(name)
         with self._lock:
-            if name in self._loaded or (name and self.rules.on_request and self._is_there(name)):
+            if name in self._loaded or may_load:
                 return name
             return self._current.choice.name if self._current else ""
 
     def _is_there(self, name: str) -> bool:
         try:
-            return bool(self._path(name))
+            return bool(self.choices.path(name))
         except UserError:
             return False
 
@@ -325,40 +323,8 @@ class ModelSlot:
     # --- choosing -------------------------------------------------------------------------------------------------------------------
 
     def choose(self, name: str, loader: str = "", options: Mapping[str, Any] | None = None, *, anywhere: bool = False) -> Choice:
-        """What loading `name` would mean: with what is configured, what is saved for the model unless a flag says otherwise, and `options`.
-
-        `anywhere` allows a path outside the places of models (the command line only). Raises NotFound, NameError_, ModelError or SettingsError.
-        """
-        literal = Path(name).expanduser()
-        path = literal if anywhere and literal.exists() else self._path(name)
-        known = path.name if path is literal else name
-        saved = self.settings.get(known)
-        wanted = loader or saved.loader
-        found = loaders.named(wanted) if wanted else openai_server.LOADER if name.startswith(openai_server.PREFIX) else loaders.detect(path)
-        configured = self._options.get(found.options) or found.options()
-        fields = found.options.model_fields
-        if not loader:  # who lets the loader be found cannot know whose options count: those of the others are left out
-            others = {name for other in loaders.LOADERS for name in other.options.model_fields} - set(fields)
-            options = {name: value for name, value in (options or {}).items() if name not in others}
-        _refuse_start_only(found, options or {})
-        stored = {name: value for name, value in saved.options.items() if name in fields and name not in self.rules.explicit}
-        start_only = {name for name, knob in found.options.knobs().items() if knob.start_only}
-        usual = configured.replace({name: value for name, value in stored.items() if name not in start_only}, str(self.settings.path))
-        return Choice(known, path, found, self._with_files(usual.replace(options or {}, found.name), configured))
-
-    def _path(self, name: str) -> Path:
-        return Path(name) if name.startswith(openai_server.PREFIX) else self.places.path(name)
-
-    def _with_files(self, options: Options, configured: Options) -> Options:
-        """`options` with the names of files as paths. What was configured where the server starts may be a path already."""
-        paths = {}
-        for name, knob in type(options).knobs().items():
-            value = getattr(options, name) if knob.file else ""
-            if value:
-                literal = Path(value).expanduser()
-                trusted = value == getattr(configured, name) and literal.exists()
-                paths[name] = str(literal.absolute() if trusted else self.data.file(knob.file, value))
-        return options.replace(paths) if paths else options
+        """See `Choices.choose`."""
+        return self.choices.choose(name, loader, options, self.rules.explicit, anywhere)
 
     def use_template(self, name: str) -> None:
         """Let the model called `name`, if it is in memory, use the instruction template that is saved for it, or its own. Raises NotFound, …"""
@@ -611,12 +577,14 @@ class ModelSlot:
 
 
 def _fits(choice: Choice) -> bool | None:
-    """Whether the model fits into the memory that is free now; None where that cannot be said, as of a file that is no model."""
+    """Whether the model fits into the memory that is free now; None where that cannot be said."""
+    if not choice.loader.inspected:
+        return None
     try:
         machine = memory.usable(choice.options, devices())
         card = inspect(choice.path)
         return memory.fits(memory.estimate(card, memory.with_best_layers(card, choice.options, machine), machine), machine)
-    except UserError:
+    except UserError:  # the loader says better what is wrong
         return None
 
 
@@ -631,18 +599,9 @@ def _compare(choice: Choice, backend: Backend, options: Options) -> None:
 
 def _with_layers(choice: Choice) -> Options:
     """The options, with as many layers on the GPUs as fit there where that is left to us (gpu_layers −1)."""
-    machine = memory.usable(choice.options, devices())
-    if all(device.name == MAIN for device in machine):
+    if not choice.loader.inspected:
         return choice.options
     try:
-        return memory.with_best_layers(inspect(choice.path), choice.options, machine)
+        return memory.with_best_layers(inspect(choice.path), choice.options, memory.usable(choice.options, devices()))
     except UserError:  # the loader says better what is wrong
         return choice.options
-
-
-def _refuse_start_only(loader: Loader, options: Mapping[str, Any]) -> None:
-    """Raise SettingsError for an option that only who starts the server may set."""
-    knobs = loader.options.knobs()
-    for name in options:
-        if name in knobs and knobs[name].start_only:
-            raise SettingsError(f"{name} can only be given when the server is started: --{name.replace('_', '-')}.")

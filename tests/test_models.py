@@ -113,7 +113,7 @@ def test_names_of_files_in_options_become_paths(slot, engine, tmp_path, monkeypa
     for name in (str(elsewhere), "../own.gguf"):  # from the page no paths
         with pytest.raises(NameError_):
             slot.choose("a.fake", "", {"vision": name})
-    slot._options = {FileOptions: FileOptions(vision=str(elsewhere))}
+    slot.choices = dataclasses.replace(slot.choices, configured={FileOptions: FileOptions(vision=str(elsewhere))})
     assert slot.choose("a.fake").options.vision == str(elsewhere)
     assert slot.choose("a.fake", "", {"vision": str(elsewhere)}).options.vision == str(elsewhere)
 
@@ -592,6 +592,12 @@ def test_saved_options_count_unless_a_flag_or_the_page_says_otherwise(slot):
     assert slot.choose("a.fake", options={"fake_size": 4}).options.fake_size == 4
     slot.rules = Rules(explicit=frozenset({"fake_size"}))
     assert slot.choose("a.fake").options.fake_size == 5
+
+
+def test_a_saved_loader_that_is_not_here_is_passed_over(slot, engine, caplog):
+    slot.settings.save("a.fake", "ExLlamav3_HF", {"fake_size": 3})
+    choice = slot.choose("a.fake")
+    assert choice.loader is engine.loader and choice.options.fake_size == 3 and "ExLlamav3_HF" in caplog.text
 
 
 def test_a_wrong_saved_value_is_told_with_its_file(slot):

@@ -35,9 +35,9 @@ from modules.api.schemas import (
 )
 from modules.app import App
 from modules.backends.base import CancelToken, Embedding, adapters_of
+from modules.choices import Choice
 from modules.errors import AccessDenied, NotFound
 from modules.guard import headers_by_name
-from modules.models import Choice
 from modules.options import nearest
 from modules.samplers import SamplingParams
 from modules.text_generation import decode, encode

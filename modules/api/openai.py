@@ -284,7 +284,6 @@ class TextAnswer(_Answer):
         self.n, self.each = body.n or 1, max(body.n or 1, body.best_of or 1)
         super().__init__(app, body.usage_in_stream, jobs, [index // self.each for index in range(len(jobs))])
         self.body = body
-        self.backend = backend_for(app, body.model)
         self._prompts: list[list[TokenLogprob]] = [[] for _ in jobs]  # log-probabilities of those that are not told yet
 
     async def stream(self, came: AsyncIterator[Part]) -> AsyncIterator[bytes]:
@@ -350,7 +349,7 @@ class TextAnswer(_Answer):
         entries = [(start + place, each) for place, each in told]
         if echoed:
             first = cast(tuple[int, ...], self.jobs[index].request.prompt)[0]
-            text = self.backend.decode((first,))
+            text = self.jobs[index].first
             places = token_places(prompt, [text, *(each.text for each in self._prompts[index])])
             add(_token_name(first, text), None, None, places[0])  # nothing stands before it, so it has no probability
             entries = [*zip(places[1:], self._prompts[index], strict=True), *entries]

@@ -52,6 +52,8 @@ class Job:
     raw: bool = False
     """Thinking is not told from the answer."""
     names: tuple[str, ...] = ()
+    first: str = ""
+    """The text of the prompt's first token, where that is told with probabilities."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """What was asked for and is not followed, in words for a header."""
 
@@ -128,7 +130,8 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
             client=client,
         )
         text = prompt if isinstance(prompt, str) else backend.decode(tokens)
-        jobs.append(Job(request, text, raw=True, ignored=ignored))
+        first = backend.decode(tokens[:1]) if request.prompt_logprobs is not None else ""
+        jobs.append(Job(request, text, raw=True, first=first, ignored=ignored))
     return jobs
 
 

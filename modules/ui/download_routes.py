@@ -14,20 +14,23 @@ Json = dict[str, Any]
 Text = Annotated[str, Body(max_length=2000)]
 
 
+def administrators(multi_user: bool, refusal: str, who: Callable[..., Identity]) -> Callable[..., Identity]:
+    """`who`, as a dependency of routes about the whole server: nobody in multi-user mode."""
+
+    def administrator(identity: Annotated[Identity, Depends(who)]) -> Identity:
+        if multi_user:
+            raise AccessDenied(refusal)
+        return identity
+
+    return administrator
+
+
 def add_downloads(router: APIRouter, downloads: Downloads, multi_user: bool, who: Callable[..., Identity], writer: Callable[..., Identity]) -> None:
     """Add the routes. `who` and `writer` say who asks, for reading and for changing something."""
 
-    def refuse() -> None:
-        if multi_user:
-            raise AccessDenied("In multi-user mode models are downloaded where the server is started.")
-
-    def reader(identity: Annotated[Identity, Depends(who)]) -> Identity:
-        refuse()
-        return identity
-
-    def admin(identity: Annotated[Identity, Depends(writer)]) -> Identity:
-        refuse()
-        return identity
+    reader, admin = (
+        administrators(multi_user, "In multi-user mode models are downloaded where the server is started.", each) for each in (who, writer)
+    )
 
     def all_of_them() -> Json:
         return {"downloads": [asdict(status) for status in downloads.status()]}

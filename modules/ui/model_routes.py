@@ -15,16 +15,17 @@ from modules import adapters, loaders, memory
 from modules.app import App
 from modules.auth import Identity
 from modules.backends.base import adapters_of
+from modules.choices import Choice
 from modules.conversions import Conversion
 from modules.devices import MAIN, Device
-from modules.errors import AccessDenied, InUse, NotFound, SettingsError, UserError
+from modules.errors import InUse, NotFound, SettingsError, UserError
 from modules.inspect_model import inspect
 from modules.memory import Estimate
 from modules.model_card import ModelCard
-from modules.models import Choice
 from modules.options import Options
 from modules.paths import inside, safe_name
 from modules.ui.branches import status_now
+from modules.ui.download_routes import administrators
 from modules.ui.views import engine_view
 
 Json = dict[str, Any]
@@ -43,18 +44,8 @@ class DoesNotFit(UserError):
 def add_models(router: APIRouter, app: App, who: Who, writer: Who) -> None:
     """Add the routes. `who` and `writer` say who asks, for reading and for changing something."""
 
-    def refuse() -> None:
-        if app.settings.multi_user:
-            raise AccessDenied("In multi-user mode the model is chosen where the server is started.")
-
-    def reader(identity: Annotated[Identity, Depends(who)]) -> Identity:
-        refuse()
-        return identity
-
-    def admin(identity: Annotated[Identity, Depends(writer)]) -> Identity:
-        refuse()
-        return identity
-
+    refusal = "In multi-user mode the model is chosen where the server is started."
+    reader, admin = (administrators(app.settings.multi_user, refusal, each) for each in (who, writer))
     _add_state(router, app, who)
     _add_loading(router, app, admin)
     _add_cards(router, app, reader, admin)

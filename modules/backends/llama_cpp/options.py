@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from modules.backends.shared_options import AHEAD, DEFAULT_CONTEXT, DRAFT_MAX, MANY, MAX_QUEUE, MODEL_DRAFT, PARALLEL, PREFILL_SHARE
 from modules.options import Options, knob
 from modules.samplers import split_list
 
-GROUP, MANY, AHEAD = "llama.cpp", "Several at once", "Guessing ahead"
-DEFAULT_CONTEXT = 8192
+GROUP = "llama.cpp"
 
 
 class LlamaCppOptions(Options):
@@ -26,7 +26,7 @@ class LlamaCppOptions(Options):
     )
     gpu_layers: int = knob(
         -1,
-        "Layers on the GPU, where the installed llama.cpp can use one. −1 is all.",
+        "Layers on the GPU, where the installed llama.cpp can use one. −1 is as many as fit.",
         range=(-1, 256, 1),
         bounds=(-1, 10**6),
         group=GROUP,
@@ -68,17 +68,9 @@ class LlamaCppOptions(Options):
         file="mmproj",
     )
 
-    parallel: int = knob(
-        4, "Replies computed at the same time; more wait. 0 is one for each 2,048 tokens of context.", range=(0, 64, 1), bounds=(0, 128), group=MANY
-    )
-    max_queue: int = knob(64, "Requests that may wait; further ones are told to come back.", range=(1, 1024, 1), bounds=(1, 100_000), group=MANY)
-    prefill_share: float = knob(
-        0.6,
-        "Share of the time that reading a new prompt may take from replies being written. More: prompts are read sooner, replies slow down more.",
-        range=(0.1, 0.95, 0.05),
-        bounds=(0.01, 0.99),
-        group=MANY,
-    )
+    parallel: int = PARALLEL
+    max_queue: int = MAX_QUEUE
+    prefill_share: float = PREFILL_SHARE
     cache_ram: int = knob(
         -1,
         "Main memory in MiB for chats whose place in the context was needed. −1 is a quarter of what is free, 0 is off.",
@@ -90,10 +82,8 @@ class LlamaCppOptions(Options):
         120, "Seconds without progress after which the engine is ended and started again.", range=(5, 600, 5), bounds=(2, 86_400), group=MANY
     )
 
-    model_draft: str = knob(
-        "", "A small model of the same family that writes ahead; its guesses are checked.", group=AHEAD, metavar="NAME", file="model"
-    )
-    draft_max: int = knob(3, "Tokens the draft model writes ahead at most.", range=(1, 64, 1), bounds=(1, 256), group=AHEAD)
+    model_draft: str = MODEL_DRAFT
+    draft_max: int = DRAFT_MAX
     gpu_layers_draft: int = knob(256, "Layers of the draft model on the GPU.", range=(-1, 256, 1), bounds=(-1, 10**6), group=AHEAD)
     ctx_size_draft: int = knob(0, "Context of the draft model. 0 is the model's.", range=(0, 131072, 256), bounds=(0, 2**31 - 1), group=AHEAD)
     spec_type: Literal["none", "ngram-simple", "ngram-mod", "ngram-map-k", "ngram-map-k4v"] = knob(

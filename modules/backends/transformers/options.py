@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from modules.backends.shared_options import DEFAULT_CONTEXT, DRAFT_MAX, MANY, MAX_QUEUE, MODEL_DRAFT, PARALLEL, PREFILL_SHARE
 from modules.options import Options, knob
 from modules.samplers import split_list
 
-GROUP, MEMORY, MANY, AHEAD = "Transformers", "Memory", "Several at once", "Guessing ahead"
-DEFAULT_CONTEXT = 8192
+GROUP, MEMORY = "Transformers", "Memory"
 
 
 class TransformersOptions(Options):
@@ -62,23 +62,13 @@ class TransformersOptions(Options):
         group=MEMORY,
     )
 
-    parallel: int = knob(
-        4, "Replies computed at the same time; more wait. 0 is one for each 2,048 tokens of context.", range=(0, 64, 1), bounds=(0, 128), group=MANY
-    )
-    max_queue: int = knob(64, "Requests that may wait; further ones are told to come back.", range=(1, 1024, 1), bounds=(1, 100_000), group=MANY)
-    prefill_share: float = knob(
-        0.6,
-        "Share of the time that reading a new prompt may take from replies being written. More: prompts are read sooner, replies slow down more.",
-        range=(0.1, 0.95, 0.05),
-        bounds=(0.01, 0.99),
-        group=MANY,
-    )
+    parallel: int = PARALLEL
+    max_queue: int = MAX_QUEUE
+    prefill_share: float = PREFILL_SHARE
     batch_size: int = knob(512, "Tokens computed in one step at most.", range=(32, 4096, 32), bounds=(1, 65536), group=MANY)
 
-    model_draft: str = knob(
-        "", "A small model of the same family that writes ahead; its guesses are checked.", group=AHEAD, metavar="NAME", file="model"
-    )
-    draft_max: int = knob(3, "Tokens the draft model writes ahead at most.", range=(1, 64, 1), bounds=(1, 256), group=AHEAD)
+    model_draft: str = MODEL_DRAFT
+    draft_max: int = DRAFT_MAX
 
     @field_validator("gpu_split")
     @classmethod
