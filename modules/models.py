@@ -292,11 +292,11 @@ class ModelSlot:
                 if not self.rules.on_request:
                     raise NoModel(self._why_none() if self._loading else f"The model {name!r} is not loaded any more. Send again.")
                 choice = self.choose(name)
-            try:
-                self._load(choice, self._begin(choice), take_over=not name)
-            except Busy:
-                if not name:
-                    raise  # another load began in between; a request that named a model waits for it
+            with self._lock:  # another request may have loaded it, or begun to, while this one chose
+                if name and (name in self._loaded or self._loading):
+                    continue
+                begun = self._begin(choice)
+            self._load(choice, begun, take_over=not name)
 
     def _again(self) -> Choice:
         """The model that was unloaded for being idle. Raises NoModel."""

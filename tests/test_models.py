@@ -568,6 +568,20 @@ def test_requests_for_one_model_wait_for_one_load(several, engine):
     assert {join() for join in joins} == {engine.loaded[1]}
 
 
+def test_a_request_whose_model_came_while_it_chose_does_not_load_it_again(several, engine, monkeypatch):
+    several.load(several.choose("a.fake"))
+    choose = several.choose
+
+    def slowly(name):
+        monkeypatch.setattr(several, "choose", choose)
+        several.load(choose(name))  # another request was quicker
+        return choose(name)
+
+    monkeypatch.setattr(several, "choose", slowly)
+    with several.turn(CancelToken(), "b.fake") as backend:
+        assert backend is engine.loaded[1] and len(engine.loaded) == 2
+
+
 def test_a_request_that_is_given_up_waits_no_longer(several, engine):
     join = hold(engine, several, "a.fake")
     cancel = CancelToken()
