@@ -68,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def dense(tiny: Callable[..., Path]) -> Iterator[LlamaCppBackend]:
-    made = load(tiny("dense"), parallel=4, max_queue=8)
+    made = load(tiny("dense"), parallel=4, max_queue=8, ctx_size=8192)
     yield made
     made.unload()
 
@@ -396,7 +396,7 @@ def test_what_was_read_ahead_is_not_read_again(dense):
     chunks = run(dense, prompt)
     assert reused(chunks) == chunks[-1].prompt_tokens - 1
     with pytest.raises(PromptTooLong):
-        dense.prefill(request(words(3000)))
+        dense.prefill(request(words(10000)))
     with pytest.raises(PromptError):
         dense.prefill(request([10**6]))
 
@@ -640,16 +640,16 @@ def test_a_model_for_embeddings(tiny):
 
 
 def test_stats_add_up(tiny):
-    backend = load(tiny("dense"), parallel=2, max_queue=5, ctx_size=1024)
+    backend = load(tiny("dense"), parallel=2, max_queue=5, ctx_size=32768)
     try:
         stats = backend.stats()
-        assert (stats.parallel, stats.max_queue, stats.cells, stats.busy_sequences) == (2, 5, 1024, 0) and stats.memory_bytes > 10**7
+        assert (stats.parallel, stats.max_queue, stats.cells, stats.busy_sequences) == (2, 5, 32768, 0) and stats.memory_bytes > 10**7
         chunks = [run(backend, f"{n} {words(30, n)}", ENDLESS) for n in range(3)]
         stopped = Stream(backend, request("hello", ENDLESS, max_new_tokens=None)).writes()
         wait_for(lambda: backend.stats().busy_sequences == 1)
         stopped.stop()
         with pytest.raises(PromptTooLong):
-            run(backend, words(2000))
+            run(backend, words(40000))
         wait_for(lambda: backend.stats().finished.get("cancelled"))
         stats = backend.stats()
         assert stats.finished["length"] == 3 and stats.finished["cancelled"] == 1 and stats.restarts == 0 and stats.preemptions == 0
