@@ -55,7 +55,7 @@ def reply(app: App, who: Identity, conversation: str | None, text: str, n: int =
 
 
 def regenerate(app: App, who: Identity, conversation: str, message: str, n: int = 1, changes: Mapping[str, Any] | None = None) -> Turn:
-    """Start other versions of an assistant's message. `changes`: a "preset" or "adapters" [[name, scale]] for these alone."""
+    """Start other versions of an assistant's message. `changes`: a "preset", "adapters" [[name, scale]] or another "model" for these alone."""
     with _turn(app, who, conversation):
         source, current = _current(app, who, conversation)
         old = _assistant(current, message)
@@ -237,10 +237,10 @@ def _lasting(message: Message) -> dict[str, Any]:
 
 
 def _changed(app: App, source: Source, changes: Mapping[str, Any]) -> Source:
-    """`source` with another preset for one reply."""
-    if not changes.get("preset"):
-        return source
-    return replace(source, session=source.session.change(app.presets.get(changes["preset"])))
+    """`source` with another preset or model for one reply."""
+    if changes.get("preset"):
+        source = replace(source, session=source.session.change(app.presets.get(changes["preset"])))
+    return replace(source, model=changes.get("model", ""))
 
 
 def _answer(
@@ -250,9 +250,10 @@ def _answer(
     if not 1 <= n <= MAX_ANSWERS:
         raise PromptError(f"{n} answers at once cannot be made. Ask for 1 to {MAX_ANSWERS}.")
     changes = changes or {}
-    plan = prepare(app, app.models.backend, source, *opened(source.session, conversation.path()))
+    backend = turns.backend_of(app, source)
+    plan = prepare(app, backend, source, *opened(source.session, conversation.path()))
     if "adapters" in changes:
-        plan = replace(plan, request=replace(plan.request, adapters=_adapters(app, changes["adapters"])))
+        plan = replace(plan, request=replace(plan.request, adapters=_adapters(app, backend, changes["adapters"])))
     begun = source.session.chat.start_with
     more = {"preset": changes["preset"]} if changes.get("preset") else {}
     return _begin(app, source, conversation, new, [turns.again(plan, number) for number in range(n)], begun, begins=len(begun), **more)
@@ -306,9 +307,8 @@ def _store(source: Source, conversation: Conversation, new: Sequence[Message], t
     return replace(conversation, id=made.id)
 
 
-def _adapters(app: App, named: Sequence[Sequence[Any]]) -> tuple[Adapter, ...]:
+def _adapters(app: App, backend: Backend, named: Sequence[Sequence[Any]]) -> tuple[Adapter, ...]:
     """Adapters by name and scale, loaded if they are not yet. Raises NotFound, ModelError."""
-    backend = app.models.backend
     if named and "adapters" not in backend.features:
         raise PromptError(f"{backend.name} cannot use LoRA adapters. Choose a model that another loader runs.")
     found = tuple(Adapter(app.data.file("lora", str(name)), float(scale)) for name, scale in named)

@@ -201,11 +201,25 @@ class ModelSlot:
                 choice = self._again()
             self._load(choice, self._begin(choice))
 
+    def backend_of(self, name: str) -> Backend:
+        """The model called `name` if it is in memory; for "" see `backend`. Raises NoModel."""
+        if not name:
+            return self.backend
+        with self._lock:
+            if name not in self._loaded:
+                raise NoModel(f"The model {name!r} is not loaded any more. Load it, or choose another one.")
+            return self._loaded[name].backend
+
     @property
     def file(self) -> Path | None:
         """The file or folder of the current model."""
+        return self.file_of("")
+
+    def file_of(self, name: str) -> Path | None:
+        """The file or folder of the model called `name`, if it is in memory; of the current one for ""."""
         with self._lock:
-            return self._current.choice.path if self._current else None
+            loaded = self._loaded.get(name) if name else self._current
+            return loaded.choice.path if loaded else None
 
     def status_of(self, name: str) -> ModelStatus:
         """The status, as it was when it was loaded, of the model that `answering` named; of the current one for "", or when that has gone."""

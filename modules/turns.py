@@ -41,6 +41,8 @@ class Source:
     """"" for one that is not there yet."""
     session: Session
     summary: Summary | None = None
+    model: str = ""
+    """Which of several models in memory; "" for the current one."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def source_of(app: App, who: Identity, conversation: str | None) -> Source:
         return Source(who, store, "", own)
     kept, told = store.settings(who.owner, conversation), store.summary(who.owner, conversation)
     return Source(who, store, conversation, own.of(kept), Summary(told["text"], told["after"]) if told else None)
+
+
+def backend_of(app: App, source: Source) -> Backend:
+    """The model that replies. Raises NoModel."""
+    return app.models.backend_of(source.model)
 
 
 def prompting_of(app: App, backend: Backend, session: Session) -> Prompting:
@@ -123,6 +130,7 @@ def _request(app: App, backend: Backend, source: Source, tokens: tuple[int, ...]
         chosen_logprob=True,
         client=source.who.owner,
         cancel=CancelToken(),
+        model=source.model,
     )
 
 
@@ -141,7 +149,7 @@ def again(plan: Plan, number: int) -> Plan:
 
 def details(app: App, plan: Plan, **more: Any) -> dict[str, Any]:
     """What explains the reply later, besides its prompt and tokens."""
-    request, status = plan.request, app.models.status()
+    request, status = plan.request, app.models.status_of(plan.source.model)
     chat = plan.source.session.chat
     known: dict[str, Any] = {
         "model": status.name,
@@ -150,7 +158,7 @@ def details(app: App, plan: Plan, **more: Any) -> dict[str, Any]:
         "dropped_messages": plan.dropped,
         **more,
     }
-    file = app.models.file
+    file = app.models.file_of(plan.source.model)
     if file:
         known["model_stamp"] = app.hashes.stamp(file)
         known["model_hash"] = app.hashes.get(file)
@@ -165,13 +173,13 @@ def details(app: App, plan: Plan, **more: Any) -> dict[str, Any]:
 
 def start(app: App, who: Identity, conversation: Conversation, plans: Mapping[str, Plan], messages: Sequence[Message]) -> tuple[Reply, ...]:
     """Start the replies of `plans` (by message id) into their `messages`, which are stored and running."""
-    store, status = app.store_of(conversation.id), app.models.status()
-    running = []
+    store, running = app.store_of(conversation.id), []
     for message in messages:
         if message.id not in plans:
             continue
         plan = plans[message.id]
-        reply = Reply(who.owner, conversation.id, message, status.context_length, app.present(), plan.request.cancel)
+        context_length = app.models.status_of(plan.source.model).context_length
+        reply = Reply(who.owner, conversation.id, message, context_length, app.present(), plan.request.cancel)
         app.replies.start(reply, _writing(app, plan, conversation.id, message), store.save)
         running.append(reply)
     app.replies.tell(who.owner, "started", {"conversation": conversation.id, "messages": [m.id for m in messages], "running": list(plans)})
@@ -198,7 +206,7 @@ def _writing(app: App, plan: Plan, conversation: str, message: Message) -> Any:
 
 def _spoken(app: App, plan: Plan) -> Iterator[Chunk]:
     if plan.said:
-        backend = app.models.backend
+        backend = backend_of(app, plan.source)
         yield Chunk("".join(explain.token_texts(backend, [token.id for token in plan.said])))
     yield from generate_reply(app, plan.request)
 
@@ -225,7 +233,7 @@ def _keep(plan: Plan, conversation: str, message: Message, recorder: Recorder) -
 def _summarised(app: App, plan: Plan, conversation: str) -> Generator[Piece, None, Plan]:
     """Let the model tell the dropped messages in short, keep that, and plan anew; the pieces on the way are only a note."""
     yield Piece(note="Summarising the oldest messages…")
-    source, backend, cancel = plan.source, app.models.backend, plan.request.cancel
+    source, backend, cancel = plan.source, backend_of(app, plan.source), plan.request.cancel
     prompting = prompting_of(app, backend, source.session)
     former = _valid(source.summary, plan.path)
     left_out = prompting.left_out(plan.path, plan.dropped, former)
@@ -261,7 +269,7 @@ def _parts(messages: Sequence[Message], backend: Backend) -> Iterator[Sequence[M
 
 def _told(app: App, plan: Plan, template: ChatTemplate, messages: Sequence[Message], former: str) -> str:
     """What the model makes of `messages` and the `former` summary."""
-    backend = app.models.backend
+    backend = backend_of(app, plan.source)
     limit = min(SUMMARY_TOKENS, backend.context_length // 4)
     room = backend.context_length - limit
     prompt = template.render(summary_messages(messages, former), add_generation_prompt=True, enable_thinking=False)

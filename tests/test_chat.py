@@ -794,6 +794,24 @@ def test_several_answers_have_a_stop_each(app, backend):
     assert {m.state for m in app.store.conversation("anna", turn.conversation.id).messages.values()} == {"done", "stopped"}
 
 
+def test_an_answer_with_another_model_in_memory(app, backend, monkeypatch):
+    monkeypatch.setattr(app.models, "rules", Rules(most=2))
+    first = app.models.status().name
+    (app.data.models / "other.fake").touch()
+    app.models.load(app.models.choose("other.fake"))
+    other = app.models.backend
+    assert other is not backend and not backend.unloaded
+    conversation = say(app, "Hi")
+    assert len(other.requests) == 1 and conversation.path()[-1].details["model"] == "other.fake"
+    turn = finish(chat.regenerate(app, ANNA, conversation.id, conversation.tip, changes={"model": first}))
+    known = turn.messages[0].details
+    assert (known["model"], len(backend.requests), len(other.requests)) == (first, 1, 1) and turn.replies[0].message.state == "done"
+    say(app, "Again", conversation.id)
+    assert len(other.requests) == 2  # that was for one reply only
+    with pytest.raises(NoModel, match=r"'gone\.fake' is not loaded any more"):
+        chat.regenerate(app, ANNA, conversation.id, conversation.tip, changes={"model": "gone.fake"})
+
+
 def test_an_answer_with_another_preset(app, backend):
     conversation = say(app, "Hi")
     turn = finish(chat.regenerate(app, ANNA, conversation.id, conversation.tip, changes={"preset": "Deterministic"}))

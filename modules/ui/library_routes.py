@@ -96,6 +96,7 @@ def _add_lists(router: APIRouter, app: App, who: Callable[..., Identity]) -> Non
             "styles": styles(app),
             "notification": app.data.notification.is_file(),
             "adapters": _adapters(app),
+            "other_models": [] if app.settings.multi_user else [each.name for each in app.models.loaded() if not each.current],
         }
 
     @router.get("/chat/grammars/{name:path}", dependencies=[Depends(who)])

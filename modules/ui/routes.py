@@ -252,9 +252,11 @@ def _add_turns(router: APIRouter, app: App, writer: Callable[..., Identity]) -> 
         n: Number = 1,
         preset: Annotated[str | None, Body()] = None,
         adapters: Annotated[list[tuple[str, float]] | None, Body()] = None,
+        model: Annotated[str | None, Body()] = None,
     ) -> Json:
         current(identity, conversation, revision)
-        changes = {name: value for name, value in (("preset", preset), ("adapters", adapters)) if value is not None}
+        asked = {"preset": preset, "adapters": adapters, "model": model}
+        changes = {name: value for name, value in asked.items() if value is not None}
         return answer(chat.regenerate(app, identity, conversation, message, n, changes))
 
     @router.post("/chat/continue", status_code=202)

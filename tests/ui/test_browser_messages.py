@@ -9,6 +9,7 @@ import pytest
 
 from modules.backends.base import Chunk, Timings, TokenLogprob
 from modules.conversation import Conversation, new_id
+from modules.models import Rules
 from tests.fakes import WAIT, FakeBackend, until
 from tests.ui.acting import ask, box, finished, reply, send, user
 
@@ -467,6 +468,23 @@ def test_several_answers_to_a_new_message_are_seen_in_both_browsers(two_browsers
     columns(other).nth(1).get_by_role("button", name="Choose this one").click()
     for each in (tab, other):
         expect(messages(each)).to_have_text(["Question", "One answer", "Two of you", "Two answers"])
+
+
+def test_an_answer_with_another_model_in_memory_stands_beside_the_former(live_server, new_tab, monkeypatch):
+    app, first = live_server.app, live_server.backend
+    monkeypatch.setattr(app.models, "rules", Rules(most=2))
+    app.models.load(app.models.choose("other.fake"))
+    tab = new_tab()
+    ask(tab, "Question")
+    first.script = ["Other words"]
+    menu_of(tab, reply(tab), "Answer again with…", "Model model.fake")
+    expect(columns(tab).locator(".tgw-body")).to_have_text(["Hello world", "Other words"])
+    expect(columns(tab).locator(".tgw-ordinal")).to_have_text(["Answer 1 · other.fake", "Answer 2 · model.fake"])
+    finished(tab)
+    columns(tab).nth(1).get_by_role("button", name="Choose this one").click()
+    expect(messages(tab)).to_have_text(["Question", "Other words"])
+    ask(tab, "Next")  # that was for one reply only
+    assert (len(first.requests), len(live_server.backend.requests)) == (1, 2)
 
 
 def test_an_answer_with_another_preset_stands_beside_the_former(live_server, new_tab):

@@ -21,7 +21,11 @@ export class Columns {
 
   add(message) {
     this.row.append(message.el);
-    message.aside(t('Answer {number}', { number: this.row.childElementCount }));
+    const models = new Set(this.messages.map((each) => each.data.model));
+    this.messages.forEach((each, at) => {
+      const ordinal = t('Answer {number}', { number: at + 1 });
+      each.aside(models.size > 1 ? `${ordinal} · ${each.data.model || '?'}` : ordinal);
+    });
   }
 
   mark(id) {

@@ -230,13 +230,14 @@ export class Message {
     ]);
   }
 
-  /** With which preset or adapter the same question is answered once more, beside this reply. */
+  /** With which preset, adapter or other model the same question is answered once more, beside this reply. */
   async otherwise(anchor) {
     const found = await attempt(() => api('GET', 'chat/library'));
     if (!found) return;
     const again = (extra) => () => this.chat.again(this, extra);
     const adapters = found.adapters || [];
     menu(anchor, [
+      ...found.other_models.map((model) => [t('Model {name}', { name: model }), again({ model })]),
       ...found.presets.map((preset) => [t('Preset {name}', { name: preset }), again({ preset })]),
       ...adapters.map((name) => [t('Adapter {name}', { name }), again({ adapters: [[name, 1]] })]),
       adapters.length && [t('Without adapters'), again({ adapters: [] })],
