@@ -104,6 +104,8 @@ FORMATS = (
     ThinkingFormat("<|channel>thought", "<channel|>"),
     ThinkingFormat("thought\n", "<channel|>"),
     ThinkingFormat("<|think|>", "<|end|>", "<|content|>"),
+    ThinkingFormat("[THINK]", "[/THINK]"),
+    ThinkingFormat("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>"),
 )
 _BY_START = {row.start: row for row in FORMATS}
 _CONTENT = frozenset(row.content for row in FORMATS if row.content)

@@ -56,6 +56,7 @@ ORDER = [
     "modules.tool_calls.generic",
     "modules.tool_calls.schema",
     "modules.tool_calls",
+    "modules.markers",
     "modules.templates",
     "modules.prompting",
     "modules.instruction_templates",

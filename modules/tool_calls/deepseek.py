@@ -33,4 +33,6 @@ def _call(reader: Reader) -> Steps[None]:
         yield from reader.closing("```")
 
 
-FORMAT = Format("deepseek", _parse, hints=("tool▁call▁begin", "tool▁calls▁begin"), starts=(_SECTION, _CALL))
+FORMAT = Format(
+    "deepseek", _parse, hints=("tool▁call▁begin", "tool▁calls▁begin"), starts=(_SECTION, _CALL), marks=(_SECTION_END, _BETWEEN, _CALL_END)
+)

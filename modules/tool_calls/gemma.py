@@ -18,4 +18,4 @@ def _parse(reader: Reader) -> Steps[None]:
     yield from reader.closing("<tool_call|>")
 
 
-FORMAT = Format("gemma", _parse, hints=("<|tool_call>call:",), starts=(_START,))
+FORMAT = Format("gemma", _parse, hints=("<|tool_call>call:",), starts=(_START,), marks=("<tool_call|>", '<|"|>'))

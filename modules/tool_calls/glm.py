@@ -28,4 +28,4 @@ def _parse(reader: Reader) -> Steps[None]:
     reader.call(name, found)
 
 
-FORMAT = Format("glm", _parse, hints=("<arg_key>",), starts=(_START,))
+FORMAT = Format("glm", _parse, hints=("<arg_key>",), starts=(_START,), marks=(_END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))

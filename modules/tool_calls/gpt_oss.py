@@ -21,4 +21,4 @@ def _parse(reader: Reader) -> Steps[None]:
     yield from reader.closing("<|call|>", "<|end|>")
 
 
-FORMAT = Format("gpt_oss", _parse, hints=("to=functions.", "<|channel|>"), starts=_STARTS)
+FORMAT = Format("gpt_oss", _parse, hints=("to=functions.", "<|channel|>"), starts=_STARTS, marks=("<|message|>", "<|call|>", "<|end|>"))

@@ -17,4 +17,4 @@ def _parse(reader: Reader) -> Steps[None]:
             return
 
 
-FORMAT = Format("hermes", _parse, hints=(_START,), starts=(_START,))
+FORMAT = Format("hermes", _parse, hints=(_START,), starts=(_START,), marks=("</tool_call>",))

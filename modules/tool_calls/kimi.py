@@ -30,4 +30,6 @@ def _parse(reader: Reader) -> Steps[None]:
         yield from reader.literal(_CALL)
 
 
-FORMAT = Format("kimi", _parse, hints=("<|tool_call_begin|>", "tool_calls_section"), starts=(_SECTION, _CALL))
+FORMAT = Format(
+    "kimi", _parse, hints=("<|tool_call_begin|>", "tool_calls_section"), starts=(_SECTION, _CALL), marks=(_SECTION_END, _ARGUMENTS, _CALL_END)
+)

@@ -21,4 +21,4 @@ def _parse(reader: Reader) -> Steps[None]:
         yield from reader.literal('<invoke name="')
 
 
-FORMAT = Format("minimax", _parse, hints=("minimax:tool_call",), starts=(_START,))
+FORMAT = Format("minimax", _parse, hints=("minimax:tool_call",), starts=(_START,), marks=(_END,))

@@ -25,4 +25,4 @@ def _parse(reader: Reader) -> Steps[None]:
     reader.call(name, (yield from reader.object()))
 
 
-FORMAT = Format("mistral", _parse, hints=(_START,), starts=(_START,))
+FORMAT = Format("mistral", _parse, hints=(_START,), starts=(_START,), marks=("[CALL_ID]", "[ARGS]"))

@@ -21,4 +21,4 @@ def _parse(reader: Reader) -> Steps[None]:
         yield from reader.literal(_FUNCTION)
 
 
-FORMAT = Format("qwen_coder", _parse, hints=("<tool_call>", "<function="), starts=(_START, _FUNCTION))
+FORMAT = Format("qwen_coder", _parse, hints=("<tool_call>", "<function="), starts=(_START, _FUNCTION), marks=("</tool_call>",))

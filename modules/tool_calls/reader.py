@@ -33,8 +33,8 @@ class NoCall(Exception):
 class Format:
     """How a family of models writes calls.
 
-    `hints`: with any of these in a template its model writes so; none: any model may. `starts`: what can begin a call anywhere in a reply.
-    `line`: a call may also stand at the beginning of a line. Every format is tried where the answer begins.
+    `hints`: with any of these in a template its model writes so; none: any model may. `starts`: what can begin a call anywhere in a reply;
+    `marks`: what else is written around it. `line`: a call may also stand at the beginning of a line. Every format is tried where the answer begins.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Format:
     hints: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
     line: bool = False
+    marks: tuple[str, ...] = ()
 
 
 class Reader:

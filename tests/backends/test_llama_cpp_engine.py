@@ -21,6 +21,7 @@ from modules.backends.llama_cpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from modules.backends.llama_cpp.protocol import Frame, encode, pack_tokens, read_frame, unpack_floats, unpack_tokens
 from modules.backends.llama_cpp.samplers import chain_plan
 from modules.errors import Busy, ModelError, SettingsError, UserError
+from modules.markers import MARKERS
 from modules.samplers import NEUTRAL
 
 lib = pytest.importorskip("llama_cpp.llama_cpp")
@@ -55,7 +56,7 @@ PROMPTS = (
 
 def options(**values) -> dict:
     chosen = LlamaCppOptions.build({"ctx_size": 512, "threads": 1, "threads_batch": 1, "batch_size": 64, "cache_ram": 0, **values})
-    return {**chosen.model_dump(), "tensor_split": chosen.shares, "default_context": DEFAULT_CONTEXT}
+    return {**chosen.model_dump(), "tensor_split": chosen.shares, "default_context": DEFAULT_CONTEXT, "markers": MARKERS}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,19 @@ def test_pieces_joined_are_the_detokenised_text(model):
     for text in texts:
         tokens = model.tokenize(text.encode(), False)
         assert b"".join(model.piece(token, special=True) for token in tokens) == model.detokenize(tokens) == text.encode()
+
+
+@pytest.mark.engine
+def test_markers_are_text_though_they_are_special(model, dense):
+    start, end = (model.tokenize(text, False)[0] for text in (b"<|im_start|>", b"<|im_end|>"))
+    assert model.piece(start, special=False) == b"" == model.piece(end, special=False)
+    marked = Model(str(dense), {**options(), "markers": ["<|im_start|>assistant", "hen"]}, lambda _fraction: None)
+    try:
+        start, end = (marked.tokenize(text, False)[0] for text in (b"<|im_start|>", b"<|im_end|>"))
+        assert (marked.piece(start, special=False), marked.piece(end, special=False)) == (b"<|im_start|>", b"")
+        assert marked.piece(end, special=True) == b"<|im_end|>"
+    finally:
+        marked.close()
 
 
 @pytest.mark.engine

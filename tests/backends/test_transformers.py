@@ -27,7 +27,9 @@ from transformers import (  # noqa: E402
 )
 
 from modules.backends.base import Adapter, CancelToken, GenerationRequest  # noqa: E402
+from modules.backends.transformers import text as text_module  # noqa: E402
 from modules.backends.transformers.decoders import AloneDecoder, PackedDecoder  # noqa: E402
+from modules.backends.transformers.text import Text  # noqa: E402
 from modules.errors import Busy, EngineDied, ModelError, NoModel, NotANumber, PromptError, PromptTooLong, SettingsError  # noqa: E402
 from modules.samplers import NEUTRAL  # noqa: E402
 from tests.backends import transformers_help as tiny  # noqa: E402
@@ -161,6 +163,15 @@ def test_special_tokens_are_shown_when_wanted(backend):
     bias = ((token, 1000.0),)
     assert text_of(run(backend, max_new_tokens=2, logit_bias=bias)) == ""
     assert text_of(run(backend, max_new_tokens=2, logit_bias=bias, sampling=ENDLESS.replace({"skip_special_tokens": False}))) == "<|user|><|user|>"
+
+
+def test_markers_are_text_though_they_are_special(monkeypatch):
+    tokens = list(tiny.byte_tokenizer()("<|user|>a<s><image>")["input_ids"])
+    assert Text(tiny.byte_tokenizer(), VOCABULARY).decode(tokens, special=False) == "a"
+    monkeypatch.setattr(text_module, "MARKERS", ("<|user|>", "a"))
+    text = Text(tiny.byte_tokenizer(), VOCABULARY)
+    assert text.decode(tokens, special=False) == "<|user|>a"
+    assert text.decode(tokens) == "<|user|>a<s><image>"
 
 
 def test_it_ends_by_itself(backend):

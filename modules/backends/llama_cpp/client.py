@@ -15,6 +15,7 @@ from modules.backends.llama_cpp.samplers import chain_plan
 from modules.errors import Busy, EngineDied, ModelError, NoModel, PromptError, PromptTooLong, SettingsError, UserError
 from modules.gguf import check_parts, mmproj_beside, model_file, read_header
 from modules.log import logger
+from modules.markers import MARKERS
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a start, after lives of the engine that brought nothing."""
@@ -224,7 +225,8 @@ class LlamaCppBackend:
             connection.kill(ModelError("Loading was cancelled. Load the model again when you want it."))
 
     def _load(self, connection: Connection) -> dict[str, Any]:
-        options = {**self._options.model_dump(), "tensor_split": self._options.shares, "default_context": DEFAULT_CONTEXT}
+        more = {"tensor_split": self._options.shares, "default_context": DEFAULT_CONTEXT, "markers": MARKERS}
+        options = {**self._options.model_dump(), **more}
         draft = str(self._draft.resolve()) if self._draft else None
         self._progress(0.0, "Starting the engine")
         call = connection.call("load", {"path": str(self._path.resolve()), "options": options, "draft": draft, "verbose": verbose()})

@@ -98,7 +98,7 @@ class Model:
     """A loaded model and its context. Compute from one thread; `tokenize`, `detokenize`, `piece` and `chain` may be called from any."""
 
     def __init__(self, path: str, options: Mapping[str, Any], on_progress: Callable[[float], None], verbose: bool = False) -> None:
-        """`options`: the values of LlamaCppOptions and `default_context`. Raises ModelError with the reason and the fix."""
+        """`options`: the values of LlamaCppOptions, `default_context`, and the texts of `markers`. Raises ModelError with the reason and the fix."""
         self._log = NativeLog(verbose)
         NativeLog.lines.clear()
         self._verbose = verbose
@@ -135,6 +135,12 @@ class Model:
         self.ends = frozenset(ends)
         """Tokens that end a text."""
         self.vocabulary = Vocabulary(self._vocab, size, ends, self.context_length)
+        self._markers = frozenset(
+            token
+            for text in options["markers"]
+            for token in self._tokens(text.encode())
+            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_CONTROL
+        )
         self._scratch = np.empty(size, np.float32)
         self._batch = _Batch(max(self.batch_size, 1))
         mmproj = options["mmproj"]
@@ -297,7 +303,8 @@ class Model:
             room = -count
 
     def piece(self, token: int, special: bool) -> bytes:
-        """Bytes of one token in the middle of a text (its leading space is kept); empty for special tokens unless `special`."""
+        """Bytes of one token in the middle of a text (its leading space is kept); empty for special tokens but markers unless `special`."""
+        special = special or token in self._markers
         buffer = getattr(self._piece_buffers, "buffer", None) or ctypes.create_string_buffer(256)
         count = int(lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special))
         if count < 0:

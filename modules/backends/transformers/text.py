@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from modules.errors import PromptError, PromptTooLong
+from modules.markers import MARKERS
 
 MAX_TEXT = 64 << 20
 """Characters that are tokenised at once at most."""
@@ -29,6 +30,10 @@ class Text:
         self._texts: list[str] = []
         self.longest = max(map(len, tokenizer.get_vocab()), default=1)
         """Characters of the longest token."""
+        added = {token for token, about in getattr(tokenizer, "added_tokens_decoder", {}).items() if about.special}
+        marked = {token for text in MARKERS for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
+        self._hidden = (added | set(tokenizer.all_special_ids)) - marked
+        self._shows_markers = bool(marked & added)
         special = tokenizer("a", add_special_tokens=True)["input_ids"]
         self._adds_bos = self.bos is not None and special[:1] == [self.bos]
 
@@ -46,7 +51,9 @@ class Text:
         return list(self.tokenizer(text.encode("utf-8", "replace").decode("utf-8"), verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int], special: bool = True) -> str:
-        """Text of `tokens`, with special tokens or without."""
+        """Text of `tokens`, with special tokens or without: then those of `MARKERS` still stand in it."""
+        if not special and self._shows_markers:
+            tokens, special = [token for token in tokens if token not in self._hidden], True
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return text
 
