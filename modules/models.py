@@ -366,10 +366,13 @@ class ModelSlot:
         threading.Thread(target=self._load_quietly, args=(choice, cancel), name="load-model", daemon=True).start()
 
     def cancel_loading(self) -> None:
-        """Stop a load under way."""
+        """Stop a load under way. It may be some seconds before the loader hears of it: the status says so."""
         with self._lock:
             cancel = self._loading
+            if cancel:
+                self._status = replace(self._status, text="Cancelling…")
         if cancel:
+            self._tell()
             cancel.cancel()
 
     def unload(self, name: str | None = None) -> None:
@@ -492,7 +495,7 @@ class ModelSlot:
 
     def _progress(self, choice: Choice, cancel: CancelToken) -> Callable[[float, str], None]:
         def progress(fraction: float, words: str) -> None:
-            if self._loading is cancel:
+            if self._loading is cancel and not cancel.cancelled:
                 self._set(ModelStatus("loading", choice.name, choice.loader.name, progress=min(max(fraction, 0.0), 1.0), text=words))
 
         return progress

@@ -262,8 +262,11 @@ def test_cancelling_a_load_brings_the_former_model_back(slot, engine):
 def test_cancelling_the_first_load_leaves_no_model(slot, engine):
     engine.errors["a.fake"] = ModelError("Cancelled.")
     join = hold(engine, slot, "a.fake")
+    seen = []
+    slot.listen(lambda: seen.append(slot.status().text))
     slot.cancel_loading()
     assert isinstance(join(), ModelError)
+    assert seen[0] == "Cancelling…"
     assert slot.status() == ModelStatus(text="Loading was cancelled.")
     slot.cancel_loading()
 
