@@ -378,6 +378,7 @@ def test_results_titles_first_then_the_newest_message_one_row_a_conversation(sto
     assert ids(page) == [by_title.id, by_text.id, by_newer_text.id]
     assert page.items[0].snippet == (("Apple", True),)
     assert page.items[1].snippet == (("an ", False), ("apple", True), (" again", False))
+    assert (page.items[0].hit, page.items[1].hit) == ("", message.id)
     assert page.next is None
 
 

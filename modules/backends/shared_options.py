@@ -15,7 +15,7 @@ PARALLEL: Any = knob(
 )
 MAX_QUEUE: Any = knob(64, "Requests that may wait; further ones are told to come back.", range=(1, 1024, 1), bounds=(1, 100_000), group=MANY)
 PREFILL_SHARE: Any = knob(
-    0.6,
+    0.65,
     "Share of the time that reading a new prompt may take from replies being written. More: prompts are read sooner, replies slow down more.",
     range=(0.1, 0.95, 0.05),
     bounds=(0.01, 0.99),

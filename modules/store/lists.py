@@ -45,6 +45,8 @@ class ConversationInfo:
     tags: tuple[str, ...] = ()
     created: float = 0.0
     """Seconds since the epoch."""
+    hit: str = ""
+    """Id of the message that a search found; "" where that was the title."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ INFO = """SELECT c.number, c.id, c.title, c.changed, c.turn, c.folder, c.pinned,
 """What `info` reads; a WHERE follows."""
 
 
-def info(row: sqlite3.Row, snippet: Snippet = ()) -> ConversationInfo:
+def info(row: sqlite3.Row, snippet: Snippet = (), hit: str = "") -> ConversationInfo:
     """The value of a row of INFO."""
     tags = tuple(sorted(row["tags"].split("\x1f"))) if row["tags"] else ()
     running, pinned = bool(row["running"]), bool(row["pinned"])
-    return ConversationInfo(row["id"], row["title"], row["changed"], running, snippet, row["folder"], pinned, tags, row["created"])
+    return ConversationInfo(row["id"], row["title"], row["changed"], running, snippet, row["folder"], pinned, tags, row["created"], hit)
 
 
 def listed(db: Connection, chosen: Filter, limit: int, before: str | None) -> Page:
@@ -148,8 +150,10 @@ def search(db: Connection, chosen: Filter, query: str, limit: int, before: str |
     numbers = [number for number, _ in shown]
     rows = {row["number"]: row for row in db.execute(f"{INFO} WHERE c.number IN ({marks(numbers)})", numbers)}
     titles = _snippets(db, "title", match, [number for number, message in shown if message is None])
-    texts = _snippets(db, "message", match, [message for _, message in shown if message is not None])
-    items = tuple(info(rows[number], titles[number] if message is None else texts[message]) for number, message in shown)
+    hits = [message for _, message in shown if message is not None]
+    texts = _snippets(db, "message", match, hits)
+    ids = {row["number"]: row["id"] for row in db.execute(f"SELECT number, id FROM messages WHERE number IN ({marks(hits)})", hits)}
+    items = tuple(info(rows[number], titles[number] if message is None else texts[message], ids.get(message, "")) for number, message in shown)
     return Page(items, str(skip + limit) if len(found) > skip + limit else None)
 
 

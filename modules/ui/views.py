@@ -68,6 +68,7 @@ def info_view(info: ConversationInfo, running: bool) -> dict[str, Any]:
         "title": info.title,
         "updated": info.updated,
         "snippet": [list(piece) for piece in info.snippet],
+        "hit": info.hit,
         "running": running,
         "folder": info.folder,
         "pinned": info.pinned,

@@ -27,6 +27,11 @@ def follows(history: tuple[int, ...], key: object = None) -> int | None:
     return None if value < 20 else value % VOCABULARY
 
 
+def paced(piece) -> SimpleNamespace:
+    """In place of a Pace: pieces as long as `piece` says."""
+    return SimpleNamespace(piece=piece, seconds=lambda _reading: float("inf"), saw=lambda *_: None)
+
+
 class Context:
     """A native context as the scheduler and the cache see it. `windowed` models cannot be cut back and copy only as a whole."""
 
@@ -254,7 +259,7 @@ worlds = st.fixed_dictionaries(
 @given(worlds, actions)
 def test_random_work_keeps_every_promise(options, work):
     world = World(**options)
-    world.scheduler._pace = SimpleNamespace(piece=lambda writing, share, most: min(most, 7 if writing else 20), saw=lambda *_: None)
+    world.scheduler._pace = paced(lambda writing, share, most: min(most, 7 if writing else 20))
     cancelled = set()
     for action, *values in work:
         if action == "arrive":
@@ -457,7 +462,7 @@ def test_positions_in_the_queue_are_told():
 
 def test_low_priority_gives_way_at_once_and_never_turns_anybody_away():
     world = World(cells=160, parallel=2)
-    world.scheduler._pace = SimpleNamespace(piece=lambda writing, share, most: 10, saw=lambda *_: None)
+    world.scheduler._pace = paced(lambda writing, share, most: 10)
     ahead = world.arrive(range(45), limit=0, priority=LOW)
     world.step()
     assert ahead.job.computed == 10
@@ -511,7 +516,7 @@ def test_two_that_wait_for_each_other_do_not_wait_for_ever():
 
 def test_a_long_prompt_does_not_stop_who_writes():
     world = World(cells=400)
-    world.scheduler._pace = SimpleNamespace(piece=lambda writing, share, most: 6 if writing else most, saw=lambda *_: None)
+    world.scheduler._pace = paced(lambda writing, share, most: 6 if writing else most)
     writer = world.arrive([3, 1], limit=40)
     while not writer.written:
         world.step()
@@ -525,7 +530,7 @@ def test_a_long_prompt_does_not_stop_who_writes():
 
 def test_short_prompts_overtake_within_a_step():
     world = World(cells=400)
-    world.scheduler._pace = SimpleNamespace(piece=lambda writing, share, most: 20, saw=lambda *_: None)
+    world.scheduler._pace = paced(lambda writing, share, most: 20)
     long, short = world.arrive(range(200), limit=1), world.arrive([30, 31, 32], limit=1)
     world.step()
     assert short.written and long.job.computed == 17
@@ -537,12 +542,31 @@ def test_pace():
     assert pace.piece(0, 0.5, 512) == 512 and pace.piece(2, 0.5, 512) == 64
     pace.saw(4, 0, 0.010)
     pace.saw(0, 100, 0.100)  # 1 ms a token
-    assert pace.piece(4, 0.5, 512) == 16  # 20 ms in all, of which 4 tokens write
-    assert pace.piece(4, 0.9, 512) == 96 and pace.piece(4, 0.9, 50) == 50
-    assert pace.piece(5, 0.5, 512) == 15  # the nearest that is known
-    assert pace.piece(0, 0.5, 4096) == 1000
+    assert pace.piece(4, 0.5, 512) == 10  # 20 ms in all, of which writing takes 10
+    assert pace.piece(4, 0.9, 512) == 90 and pace.piece(4, 0.9, 50) == 50
+    assert pace.piece(5, 0.5, 512) == 10  # the nearest that is known
+    assert pace.piece(0, 0.5, 4096) == 1024  # a second, in whole tiles
     pace.saw(0, 1, 5.0)  # too small a piece tells nothing
-    assert pace.piece(0, 0.5, 4096) == 1000
+    assert pace.piece(0, 0.5, 4096) == 1024
+    pace.saw(4, 20, 0.030)  # what writing takes is not the prompt's
+    assert pace.per_token == pytest.approx(0.001)
+
+
+def test_where_more_wait_than_are_written_to_the_rest_of_their_prompts_is_read_at_once():
+    world = World(cells=4000, parallel=8, numbers=20)
+    world.context.batch_size = 600
+    writer = world.arrive([1, 2], limit=50)
+    while not writer.written:
+        world.step()
+    world.scheduler._pace = pace = Pace(0.001)
+    pace.saw(1, 0, 0.010)
+    readers = [world.arrive([10 + n, *range(50)], limit=50) for n in range(3)]
+    world.step()
+    assert all(reader.written for reader in readers)
+    late = [world.arrive([20 + n, *range(50)], limit=50) for n in range(3)]  # as many are written to by now
+    world.step()
+    assert not all(reader.written for reader in late)
+    world.run()
 
 
 def test_a_crowd_of_readers_gets_more_of_the_time():

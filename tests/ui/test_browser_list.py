@@ -464,6 +464,21 @@ def test_enter_opens_the_first_hit_and_escape_clears(live_server, new_tab):
     expect(tab.locator(".tgw-none")).to_contain_text("Nothing found")
 
 
+def test_a_hit_is_opened_at_its_message_on_whatever_branch_it_is(live_server, new_tab):
+    tab = new_tab()
+    conversation = Conversation(new_id(), live_server.owner(tab), "Long")
+    for n in range(120):
+        conversation, _ = conversation.add(("user", "assistant")[n % 2], "a needle" if n == 3 else f"hay {n}")
+    side = replace(conversation, tip=conversation.path()[10].id)
+    conversation = replace(side.add("user", "a thimble")[0], tip=conversation.tip)
+    live_server.app.store.import_conversations(live_server.owner(tab), [conversation])
+    tab.reload()
+    for word in ("needle", "thimble"):
+        tab.locator(".tgw-search input").fill(word)
+        tab.locator(".tgw-snippet", has_text=word).click()
+        expect(tab.locator(".tgw-msg.found", has_text=f"a {word}")).to_be_in_viewport()
+
+
 def test_an_incognito_chat_stands_on_top_and_is_not_kept(live_server, new_tab):
     tab = listed(live_server, new_tab, *LETTERS)
     choose(tab, "Beta", "Pin")

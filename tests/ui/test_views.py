@@ -44,7 +44,7 @@ def test_counts_are_those_of_the_message():
 def test_a_status_and_a_line_of_the_list_are_json():
     assert json.loads(json.dumps(status_view(ModelStatus("ready", "m", samplers=("top_k",)))))["samplers"] == ["top_k"]
     line = info_view(ConversationInfo("c", "T", 5.0, True, (("a ", False), ("b", True))), running=False)
-    assert line == {"id": "c", "title": "T", "updated": 5.0, "snippet": [["a ", False], ["b", True]], "running": False} | {
+    assert line == {"id": "c", "title": "T", "updated": 5.0, "snippet": [["a ", False], ["b", True]], "hit": "", "running": False} | {
         "folder": "",
         "pinned": False,
         "tags": [],

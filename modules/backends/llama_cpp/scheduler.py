@@ -47,7 +47,13 @@ TURN_SECONDS = 0.1
 """How long jobs of one set of adapters compute before those of another do: changing adapters costs a new plan of the computation."""
 LONGEST_STEP_SECONDS = 1.0
 """Aim for a step in which nobody writes: what arrives during it waits so long."""
-SMALLEST_PIECE = 8
+TILE = 64
+"""Flash attention on a CPU computes so many tokens at once, and as long for fewer."""
+ONE_PAUSE_SECONDS = 0.75
+"""Where more people wait for their first word than are being written to, these wait once so long, if it is all that those lack. Piece by piece it
+would take longer: the fewer tokens at once, the more time for each."""
+SMALLEST_PIECE = 7
+"""Tokens of a prompt in a step in which others write: fewer cost the prompt more than they spare the others (docs/architecture.md has figures)."""
 CLIENTS_REMEMBERED = 1000
 PROGRESS_SECONDS = 0.1
 """Between two reports of how far a prompt is."""
@@ -259,7 +265,8 @@ class Pace:
     def saw(self, writing: int, reading: int, seconds: float) -> None:
         """A step of so many tokens of each kind took so long."""
         if reading >= SMALLEST_PIECE:
-            self.per_token = _average(self.per_token, seconds / (reading + writing))
+            alone = min(self._alone(writing), seconds / 2)
+            self.per_token = _average(self.per_token, (seconds - alone) / reading)
         elif writing and not reading:
             self._writing[writing] = _average(self._writing.get(writing, 0.0), seconds)
 
@@ -268,11 +275,19 @@ class Pace:
         if not self.per_token:
             return min(most, 64 if writing else most)
         if not writing:
-            return max(32, min(most, int(LONGEST_STEP_SECONDS / self.per_token)))
+            tiles = max(1, round(LONGEST_STEP_SECONDS / self.per_token / TILE))
+            return min(most, tiles * TILE)
+        share = min(share, 0.99)
+        return max(SMALLEST_PIECE, min(most, int(self._alone(writing) * share / (1 - share) / self.per_token)))
+
+    def _alone(self, writing: int) -> float:
+        """Seconds of a step in which so many jobs write and nobody reads."""
         near = min(self._writing, key=lambda n: abs(n - writing), default=None)
-        alone = self._writing[near] if near is not None else writing * self.per_token
-        step = alone / (1 - min(share, 0.99))
-        return max(SMALLEST_PIECE, min(most, int(step / self.per_token) - writing))
+        return writing * self.per_token if near is None or not writing else self._writing[near]
+
+    def seconds(self, reading: int) -> float:
+        """What so many tokens of prompts add to a step; inf while that is not known."""
+        return reading * self.per_token if self.per_token else float("inf")
 
 
 def share_of(share: float, reading: int, writing: int) -> float:
@@ -312,7 +327,7 @@ class Scheduler:
         *,
         parallel: int = 4,
         max_queue: int = 64,
-        prefill_share: float = 0.6,
+        prefill_share: float = 0.65,
         speculator: Speculator | None = None,
         cuts: bool = True,
         seconds_per_token: float = 0.0,
@@ -716,7 +731,11 @@ class Scheduler:
         most = self._decoder.batch_size - taken
         self.cache.room(taken + min(most, sum(job.missing for job in ready)))
         most = min(most, self.cache.size - self.cache.used - taken)
-        budget = min(most, self._pace.piece(taken, share_of(self._share, len(ready), len(rows)), most)) if most > 0 else 0
+        missing = sum(job.missing for job in ready)
+        if len(ready) > len(rows) and self._pace.seconds(missing) <= ONE_PAUSE_SECONDS:
+            budget = max(0, min(most, missing))
+        else:
+            budget = min(most, self._pace.piece(taken, share_of(self._share, len(ready), len(rows)), most)) if most > 0 else 0
         outputs = self._decoder.outputs_size - sum(row.outputs for _, row in rows)
         wanted = {job.id: 0 for job in ready}
         orders = [(ready[:1], budget - budget // 2), (sorted(ready, key=lambda job: job.missing), budget)]

@@ -477,13 +477,21 @@ export const chat = {
     if (made) setConversation(made.id);
   },
 
-  /** Show message `first` of the branch that `last` is on; `shown`: it is the branch shown. */
+  /** Show message `first` of the branch that `last` is on; `shown`: it is the branch shown. True if it is there. */
   async goTo(first, last, shown) {
-    if (!this.quiet() || (!shown && !await this.select(last))) return;
+    if (!shown && (!this.quiet() || !await this.select(last))) return false;
     while (!this.views.has(first) && this.earlier && await this.older()) { /* further up */ }
-    if (!this.views.has(first)) return;
+    if (!this.views.has(first)) return false;
     this.stick(false);
     this.views.get(first).reveal();
+    return true;
+  },
+
+  /** Show a message of the conversation that is being opened, on whatever branch it is. */
+  async find(message) {
+    await this.opening;
+    const ticket = this.loading;
+    if (!await this.goTo(message, message, true) && ticket === this.loading) this.goTo(message, message, false);
   },
 
   retitle(title) { head.retitle(title); },

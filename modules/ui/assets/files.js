@@ -67,7 +67,7 @@ export const files = {
     sidebar.field.value = '';
     if (filters.active) filters.clear();
     await sidebar.load();
-    sidebar.open(id);
+    sidebar.open({ id });
     if (!PHONE.matches) sidebar.items.get(id)?.scrollIntoView({ block: 'nearest' });
   },
 

@@ -4,14 +4,27 @@ import { chat } from './chat.js';
 import { ahead } from './composer.js';
 import { theme } from './theme.js';
 
+const TOLD = 1000;  // milliseconds in which Gradio has told that a control was changed
+
+document.addEventListener('input', ({ target }) => {
+  const [, name] = /(?:^|\s)knob-(\S+)/.exec(target.closest?.('[class*="knob-"]')?.className) || [];
+  if (name) session.touched[name] = performance.now();
+}, true);
+
 /** Changes are gathered for a moment and posted in order, to the conversation in which they were made; a turn waits for them. */
 export const session = {
   id: null, revision: 0, values: {}, shown: null, posted: Promise.resolve(),
   /** Changes not posted yet; those posted and not answered yet. */
   pending: {}, posting: {},
+  /** When somebody changed a control, until Gradio tells it (`set`), a little later. */
+  touched: {},
   /** Whether the controls are there, and show what is in effect. */
   mounted: false, painted: false,
-  set(name, value) { this.pending[name] = value; this.soon(); },
+  set(name, value) {
+    this.pending[name] = value;
+    delete this.touched[name];
+    this.soon();
+  },
   soon: later(150, () => session.flush()),
   flush() {
     this.soon.cancel();
@@ -72,7 +85,7 @@ export const session = {
   changing(name) {
     if (this.all) return false;
     const typed = document.activeElement?.closest(`.knob-${CSS.escape(name)} :is(textarea, input:not([type=number], [type=range], [type=checkbox], [type=radio]))`);
-    return Boolean(typed) || name in this.pending || name in this.posting;
+    return Boolean(typed) || name in this.pending || name in this.posting || performance.now() - this.touched[name] < TOLD;
   },
   /** Ask the server for the values in effect. */
   async read(id = this.id) {

@@ -294,12 +294,14 @@ export const sidebar = {
     if (tool) rowMenu(row);
     else if (selection.on || e.ctrlKey || e.metaKey || e.shiftKey) selection.click(row, e.shiftKey);
     else if (tag && !PHONE.matches) filters.choose('tag', tag.textContent);  // on a phone it is too small to be meant
-    else this.open(row.item.id);
+    else this.open(row.item);
   },
 
-  open(id) {
+  /** Open a conversation, at the message that a search found in it. */
+  open({ id, hit }) {
     setConversation(id);
     if (PHONE.matches) this.toggle(false);
+    if (hit) chat.find(hit);
   },
 
   keys(e) {
@@ -334,6 +336,6 @@ export const sidebar = {
     if (!this.field.value.trim()) return;
     await this.load();
     const first = this.list.querySelector('li');
-    if (first && this.query === this.field.value.trim()) this.open(first.item.id);
+    if (first && this.query === this.field.value.trim()) this.open(first.item);
   },
 };

@@ -39,7 +39,7 @@ function line(item, shown, look) {
     back.disabled = false;
     if (!restored) return;
     row.className = 'tgw-restored';  // it is no longer in the trash
-    const open = el('button', { type: 'button', textContent: t('Open'), onclick: () => { shown.close(); sidebar.open(restored[0]); } });
+    const open = el('button', { type: 'button', textContent: t('Open'), onclick: () => { shown.close(); sidebar.open({ id: restored[0] }); } });
     back.replaceWith(open);
     open.focus();
     look();
