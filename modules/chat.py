@@ -70,7 +70,8 @@ def continue_reply(app: App, who: Identity, conversation: str, message: str) -> 
         source, current = _current(app, who, conversation)
         old = _assistant(current, message)
         plan = prepare(app, app.models.backend, source, (*current.path(old.parent), old), open_end=True)
-        known = turns.details(app, plan, **_lasting(old), begins=len(old.text), began_thinking=len(old.reasoning))
+        former = {"stats": old.details["stats"]} if "stats" in old.details else {}
+        known = turns.details(app, plan, **_lasting(old), **former, begins=len(old.text), began_thinking=len(old.reasoning))
         running = replace(old, state="running", details=known)
         source.store.save(running)
         source.store.set_tip(who.owner, conversation, old.id)

@@ -302,8 +302,9 @@ class Reply:
 
     def _current(self, state: State | None = None, error: str = "") -> Message:
         self._text, self._reasoning = ["".join(self._text)], ["".join(self._reasoning)]
-        stats = {k: v for k, v in vars(self._stats).items() if v is not None}
-        details = {**self._message.details, "stats": stats, **({"error": error} if error else {})}
+        details = {**self._message.details, **({"error": error} if error else {})}
+        if self._stats.tokens or "stats" not in details:  # what a continuation that adds nothing goes on from keeps its figures
+            details["stats"] = {k: v for k, v in vars(self._stats).items() if v is not None}
         return replace(self._message, text=self._text[0], reasoning=self._reasoning[0], state=state or self._message.state, details=details)
 
     def _save(self, save: Callable[[Message], None]) -> bool:

@@ -419,6 +419,15 @@ def test_continue_writes_on_in_the_same_message(app, backend):
     assert prompt(backend).endswith("<|im_start|>assistant\nHello world")
 
 
+def test_a_continuation_that_adds_nothing_leaves_the_figures(app, backend):
+    conversation = say(app, "Hi")
+    figures = conversation.path()[-1].details["stats"]
+    backend.script = []
+    finish(chat.continue_reply(app, ANNA, conversation.id, conversation.tip))
+    after = app.store.conversation("anna", conversation.id).path()[-1]
+    assert figures["tokens"] == 2 and (after.text, after.state, after.details["stats"]) == ("Hello world", "done", figures)
+
+
 def test_continue_after_a_failure_forgets_the_error(app, backend):
     backend.error = EngineDied("Dead.")
     conversation = say(app, "Hi")

@@ -380,6 +380,9 @@ def test_results_titles_first_then_the_newest_message_one_row_a_conversation(sto
     assert page.items[1].snippet == (("an ", False), ("apple", True), (" again", False))
     assert (page.items[0].hit, page.items[1].hit) == ("", message.id)
     assert page.next is None
+    _, both = by_title.add("user", "apple, as the title says")
+    store.add(ANNA, by_title.id, [both], both.id)
+    assert [(item.id, item.hit) for item in store.conversations(ANNA, "apple").items][:1] == [(by_title.id, both.id)]
 
 
 def test_search_is_paged_without_doubles(store: Store):

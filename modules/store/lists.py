@@ -150,10 +150,11 @@ def search(db: Connection, chosen: Filter, query: str, limit: int, before: str |
     numbers = [number for number, _ in shown]
     rows = {row["number"]: row for row in db.execute(f"{INFO} WHERE c.number IN ({marks(numbers)})", numbers)}
     titles = _snippets(db, "title", match, [number for number, message in shown if message is None])
-    hits = [message for _, message in shown if message is not None]
-    texts = _snippets(db, "message", match, hits)
-    ids = {row["number"]: row["id"] for row in db.execute(f"SELECT number, id FROM messages WHERE number IN ({marks(hits)})", hits)}
-    items = tuple(info(rows[number], titles[number] if message is None else texts[message], ids.get(message, "")) for number, message in shown)
+    by_text = [message for _, message in shown if message is not None]
+    texts = _snippets(db, "message", match, by_text)
+    hits = [*by_text, *_newest(db, match, [number for number, message in shown if message is None])]
+    ids = {row["conversation"]: row["id"] for row in db.execute(f"SELECT conversation, id FROM messages WHERE number IN ({marks(hits)})", hits)}
+    items = tuple(info(rows[number], titles[number] if message is None else texts[message], ids.get(number, "")) for number, message in shown)
     return Page(items, str(skip + limit) if len(found) > skip + limit else None)
 
 
@@ -175,6 +176,14 @@ def _found(db: Connection, chosen: Filter, match: str, count: int) -> list[tuple
         found.setdefault(row["conversation"], row["number"])
     rows.close()
     return list(found.items())
+
+
+def _newest(db: Connection, match: str, numbers: Sequence[int]) -> list[int]:
+    """The newest message that matches of each conversation in `numbers` that has one: a title often is its first message's text."""
+    among = f"SELECT number FROM messages WHERE conversation IN ({marks(numbers)})"
+    newest = f"""SELECT max(m.number) FROM message_index i CROSS JOIN messages m ON m.number = i.rowid
+        WHERE i.message_index MATCH ? AND +i.rowid IN ({among}) GROUP BY m.conversation"""
+    return [row[0] for row in db.execute(newest, (match, *numbers))] if numbers else []
 
 
 def _snippets(db: Connection, what: str, match: str, rows: Sequence[int]) -> dict[int, Snippet]:

@@ -449,6 +449,14 @@ def test_a_command_that_cannot_be_done_now_is_not_sent(live_server, new_tab):
     box(tab).press("Enter")
     expect(said(tab)).to_have_text(["/TREE", "Hello world", "/continue", "Hello world"])
     finished(tab)
+    live_server.hold("Slow")
+    send(tab, "Go on")
+    expect(tab.locator(".tgw-stop").first).to_be_visible()
+    send(tab, "/insert Foo")  # nor does it wait for the reply's end, as other words do
+    expect(tab.locator(".tgw-toast").last).to_contain_text("/insert cannot be done here now")
+    expect(box(tab)).to_have_value("/insert Foo")
+    live_server.say()
+    finished(tab)
     send(tab, "/tree of life")
     expect(said(tab).nth(4)).to_have_text("/tree of life")
 

@@ -28,9 +28,12 @@ export class Columns {
     });
   }
 
+  /** Where there is no room for all of them, what is marked comes into view. */
   mark(id) {
+    const other = id !== this.marked;
     this.marked = id;
     this.refresh();
+    if (other) this.row.scrollLeft = this.tip.el.offsetLeft - this.row.offsetLeft;
   }
 
   /** Called when one of them begins or ends. */

@@ -151,13 +151,13 @@ export const composer = {
     const text = this.box.value;
     if (chat.busy || this.impersonating) return;
     if (!text.trim()) { queue.held = false; queue.send(queue.here[0]); return; }
-    if (chat.running) { if (queue.add(text)) this.put(''); return; }
     const command = slash.impossible(text);
     if (command) {
       const literally = () => { slash.refused = true; this.submit(extra); };
       toast(t('{command} cannot be done here now.', { command }), 'error', { label: t('Send as a message'), run: literally });
       return;
     }
+    if (chat.running) { if (queue.add(text)) this.put(''); return; }
     const key = this.key;
     if (!await this.post(text, extra)) return;
     drafts.keep(key, '');
@@ -253,7 +253,8 @@ export const live = {
     const known = Boolean(s.context_length && s.context_used);
     this.context.hidden = !known;
     if (!known) return;
-    this.context.firstChild.textContent = t('context {used} / {length}', { used: number.format(s.context_used), length: number.format(s.context_length) });
-    this.context.lastChild.value = s.context_used / s.context_length;
+    const used = Math.min(s.context_used, s.context_length);  // the last token of a full context is told, but not computed
+    this.context.firstChild.textContent = t('context {used} / {length}', { used: number.format(used), length: number.format(s.context_length) });
+    this.context.lastChild.value = used / s.context_length;
   },
 };

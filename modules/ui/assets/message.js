@@ -318,6 +318,6 @@ export class Message {
     this.el.scrollIntoView({ block: 'start' });
     requestAnimationFrame(() => this.el.scrollIntoView({ block: 'start' }));  // what is above had not been measured yet
     this.el.classList.add('found');
-    setTimeout(() => this.el.classList.remove('found'), 1600);
+    setTimeout(() => this.el.classList.remove('found'), 2600);
   }
 }
