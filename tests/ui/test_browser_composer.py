@@ -458,7 +458,7 @@ def test_a_command_that_cannot_be_done_now_is_not_sent(live_server, new_tab):
     live_server.say()
     finished(tab)
     send(tab, "/tree of life")
-    expect(said(tab).nth(4)).to_have_text("/tree of life")
+    expect(said(tab).nth(6)).to_have_text("/tree of life")
 
 
 def test_the_help_sheet_tells_all_keys(live_server, new_tab):
