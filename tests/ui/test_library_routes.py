@@ -53,7 +53,8 @@ def put(server, place, text):
 
 def test_what_there_is(me, server):
     found = me.json("GET", "/chat/library")
-    assert set(found) == {"characters", "users", "presets", "templates", "prompts", "grammars", "styles", "notification", "adapters"}
+    lists = {"characters", "users", "presets", "templates", "prompts", "grammars", "styles", "notification", "adapters", "other_models"}
+    assert set(found) == lists and found["other_models"] == []
     assert "Assistant" in found["characters"] and found["users"] == ["Default"] and "Top-P" in found["presets"]
     assert set(SHIPPED) <= set(found["templates"]) and "Translate" in found["prompts"]
     assert found["grammars"] == [] and found["notification"] is False
