@@ -117,4 +117,5 @@ def _repaint(model: gr.Dropdown, loader: gr.Dropdown, template: gr.Dropdown, mad
         each: {name: [control.minimum, control.maximum] if isinstance(control, gr.Slider) else None for name, control in of_loader.items()}
         for each, of_loader in made.items()
     }
-    again.click(None, None, [model, loader, template, *shown], js=_call(f"show({json.dumps(spans)})"), **QUIET)
+    told = gr.Textbox("", visible="hidden", elem_id="tgw-model-shown")
+    again.click(None, None, [model, loader, template, *shown, told], js=_call(f"show({json.dumps(spans)})"), **QUIET)

@@ -65,7 +65,8 @@ def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
     """Let the controls show the values in effect, which the page's script knows, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
     spans = {name: _span(control) for name, control in made.items()}
-    again.click(None, None, list(made.values()), js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
+    shown = gr.Textbox("", visible="hidden", elem_id="tgw-shown")
+    again.click(None, None, [*made.values(), shown], js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
     page.load(None, None, None, js="() => { window.tgwControls = true; window.tgw?.controls(); }", **QUIET)
 
 

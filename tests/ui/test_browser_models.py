@@ -46,7 +46,13 @@ def tab(new_tab):
     open_tab(page)
     expect(card(page)).to_contain_text("2,048 tokens")
     expect(memory(page)).to_contain_text("It fits")
+    painted(page)
     return page
+
+
+def painted(tab):
+    """The options shown are those of the model chosen: what is typed from now on is not painted over."""
+    tab.wait_for_function("window.tgwModel.painted()")
 
 
 def open_tab(page):

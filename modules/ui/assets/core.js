@@ -211,6 +211,9 @@ export function percent(share) { return `${Math.round(100 * share)} %`; }
 
 export function write(element, text) { if (element.textContent !== text) element.textContent = text; }
 
+/** Whether Gradio has written `count` into the hidden field, which it does together with what it was told to show. */
+export function paintedAs(field, count) { return document.querySelector(`#${field} :is(input, textarea)`)?.value === String(count); }
+
 export function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }
 
 /** The Chat tab's contents. */

@@ -1,5 +1,5 @@
 // The Model tab: the chosen model, its card, what it needs of memory, its options, and what the buttons do. Gradio's menus and buttons call window.tgwModel.
-import { ServerError, api, attempt, bytes, el, later, number, percent, t, toast, whileSeen } from './core.js';
+import { ServerError, api, attempt, bytes, el, later, number, paintedAs, percent, t, toast, whileSeen } from './core.js';
 import { adapters } from './adapters.js';
 import { conversions } from './conversions.js';
 import { model } from './model.js';
@@ -85,7 +85,12 @@ export const chosen = {
   },
 
   /** Let Gradio's controls show this model's values. The button is there once the tab has been drawn. */
-  repaint() { document.getElementById('tgw-model-repaint')?.click(); },
+  repaint() {
+    this.paints += 1;
+    document.getElementById('tgw-model-repaint')?.click();
+  },
+  paints: 0,
+  painted() { return this.paints > 0 && paintedAs('tgw-model-shown', this.paints); },
 
   /** What the controls show: of the menus of models, loaders and templates, and of each loader's options with its range where it is a slider. */
   show(spans) {
@@ -95,7 +100,7 @@ export const chosen = {
       if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
       return update({ value, minimum: Math.min(value, span[0]), maximum: Math.max(value, span[1]) });
     }));
-    return [this.menu(), this.byHand, this.templateMenu(), ...options];
+    return [this.menu(), this.byHand, this.templateMenu(), ...options, String(this.paints)];
   },
 
   /** An option was changed, by a person or a button here. */

@@ -1,5 +1,5 @@
 // The values in effect for the conversation shown, as the server holds them.
-import { later, api, toast, attempt, t } from './core.js';
+import { later, api, toast, attempt, paintedAs, t } from './core.js';
 import { chat } from './chat.js';
 import { ahead } from './composer.js';
 import { theme } from './theme.js';
@@ -18,8 +18,10 @@ export const session = {
   pending: {}, posting: {},
   /** When somebody changed a control, until Gradio tells it (`set`), a little later. */
   touched: {},
-  /** Whether the controls are there, and show what is in effect. */
-  mounted: false, painted: false,
+  /** Whether the controls are there; how often they had to be painted, and whether they show the last of that: Gradio writes its number into a
+      hidden field together with their values. */
+  mounted: false, paints: 0,
+  get painted() { return this.mounted && this.shown !== null && paintedAs('tgw-shown', this.paints); },
   set(name, value) {
     this.pending[name] = value;
     delete this.touched[name];
@@ -71,7 +73,7 @@ export const session = {
   /** Let the controls show what is in effect; with `all`, also those that somebody is changing at this moment. */
   repaint(all = false) {
     this.all = all;
-    this.painted = false;
+    this.paints += 1;
     if (this.mounted) document.getElementById('tgw-repaint').click();
   },
   /** Gradio's controls are there. */
@@ -79,8 +81,6 @@ export const session = {
     this.mounted = true;
     if (this.shown !== null) this.repaint();
   },
-  /** Gradio is told what they show, and does so before the frame after the next. */
-  told() { requestAnimationFrame(() => requestAnimationFrame(() => { this.painted = true; })); },
   /** Somebody is changing the control of this name: what is in effect would undo it. */
   changing(name) {
     if (this.all) return false;
