@@ -86,7 +86,9 @@ def test_every_value_in_effect_is_shown(page):
     event = event_of(page, "tgwPanel.show(")
     spans = json.loads(re.search(r"show\((\{.*\})\)", event.js)[1])
     assert spans.keys() == SHOWN.keys()
-    for (name, span), control in zip(spans.items(), event.outputs, strict=True):
+    *shown, painted = event.outputs
+    assert painted.elem_id == "tgw-shown"
+    for (name, span), control in zip(spans.items(), shown, strict=True):
         assert f"knob-{name}" in (control.elem_classes or []) or name in MENUS
         if isinstance(control, gr.Slider):
             assert span == {"range": [control.minimum, control.maximum]}
