@@ -5,7 +5,7 @@ from __future__ import annotations
 from modules.tool_calls.literals import GEMMA, members
 from modules.tool_calls.reader import Format, Reader, Steps
 
-_START = "<|tool_call>"
+_START, _END = "<|tool_call>", "<tool_call|>"
 
 
 def _parse(reader: Reader) -> Steps[None]:
@@ -15,7 +15,7 @@ def _parse(reader: Reader) -> Steps[None]:
     name = yield from reader.name()
     yield from reader.literal("{")
     reader.call(name, (yield from members(reader, GEMMA, ":", "}")))
-    yield from reader.closing("<tool_call|>")
+    yield from reader.closing(_END)
 
 
-FORMAT = Format("gemma", _parse, hints=("<|tool_call>call:",), starts=(_START,), marks=("<tool_call|>", '<|"|>'))
+FORMAT = Format("gemma", _parse, hints=("<|tool_call>call:",), starts=(_START,), marks=(_END, GEMMA[0]))

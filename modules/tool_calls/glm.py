@@ -8,6 +8,7 @@ from modules.tool_calls.json_text import loose
 from modules.tool_calls.reader import Format, Reader, Steps
 
 _START, _END = "<tool_call>", "</tool_call>"
+_KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 
 
 def _parse(reader: Reader) -> Steps[None]:
@@ -19,13 +20,13 @@ def _parse(reader: Reader) -> Steps[None]:
         yield from reader.space()
         if found and not (yield from reader.ahead()):
             break  # only the end marker, which ends the reply, is missing
-        if (yield from reader.literal("<arg_key>", _END)) == _END:
+        if (yield from reader.literal(_KEY, _END)) == _END:
             break
-        key = yield from reader.header("</arg_key>")
+        key = yield from reader.header(_KEY_END)
         yield from reader.space()
-        yield from reader.literal("<arg_value>")
-        found[key] = loose((yield from reader.until("</arg_value>")))
+        yield from reader.literal(_VALUE)
+        found[key] = loose((yield from reader.until(_VALUE_END)))
     reader.call(name, found)
 
 
-FORMAT = Format("glm", _parse, hints=("<arg_key>",), starts=(_START,), marks=(_END, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"))
+FORMAT = Format("glm", _parse, hints=(_KEY,), starts=(_START,), marks=(_END, _KEY, _KEY_END, _VALUE, _VALUE_END))

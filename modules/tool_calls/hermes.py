@@ -5,7 +5,7 @@ from __future__ import annotations
 from modules.tool_calls.objects import calls
 from modules.tool_calls.reader import Format, Reader, Steps
 
-_START = "<tool_call>"
+_START, _END = "<tool_call>", "</tool_call>"
 
 
 def _parse(reader: Reader) -> Steps[None]:
@@ -13,8 +13,8 @@ def _parse(reader: Reader) -> Steps[None]:
     while True:
         yield from reader.space()
         reader.commit(*(yield from calls(reader, bare=True)))
-        if (yield from reader.closing("</tool_call>")):
+        if (yield from reader.closing(_END)):
             return
 
 
-FORMAT = Format("hermes", _parse, hints=(_START,), starts=(_START,), marks=("</tool_call>",))
+FORMAT = Format("hermes", _parse, hints=(_START,), starts=(_START,), marks=(_END,))

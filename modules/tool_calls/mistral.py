@@ -7,7 +7,7 @@ import re
 from modules.tool_calls.objects import calls
 from modules.tool_calls.reader import Format, Reader, Steps
 
-_START = "[TOOL_CALLS]"
+_START, _CALL_ID, _ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _ID = re.compile(r"[0-9A-Za-z_\-]*")
 
 
@@ -18,11 +18,11 @@ def _parse(reader: Reader) -> Steps[None]:
         reader.commit(*(yield from calls(reader, bare=True)))
         return
     name = yield from reader.name()
-    if (yield from reader.maybe("[CALL_ID]")):
+    if (yield from reader.maybe(_CALL_ID)):
         yield from reader.run(_ID)
-    yield from reader.maybe("[ARGS]")
+    yield from reader.maybe(_ARGS)
     yield from reader.space()
     reader.call(name, (yield from reader.object()))
 
 
-FORMAT = Format("mistral", _parse, hints=(_START,), starts=(_START,), marks=("[CALL_ID]", "[ARGS]"))
+FORMAT = Format("mistral", _parse, hints=(_START,), starts=(_START,), marks=(_CALL_ID, _ARGS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modules.tool_calls.parameters import pairs, upto
 from modules.tool_calls.reader import Format, Reader, Steps
 
-_START, _FUNCTION = "<tool_call>", "<function="
+_START, _END, _FUNCTION = "<tool_call>", "</tool_call>", "<function="
 
 
 def _parse(reader: Reader) -> Steps[None]:
@@ -16,9 +16,9 @@ def _parse(reader: Reader) -> Steps[None]:
         name = yield from reader.name()
         yield from reader.literal(">")
         reader.call(name, (yield from pairs(reader, "<parameter=", upto(">"), "</parameter>", "</function>", lines=True)))
-        if (yield from reader.closing("</tool_call>")):
+        if (yield from reader.closing(_END)):
             return
         yield from reader.literal(_FUNCTION)
 
 
-FORMAT = Format("qwen_coder", _parse, hints=("<tool_call>", "<function="), starts=(_START, _FUNCTION), marks=("</tool_call>",))
+FORMAT = Format("qwen_coder", _parse, hints=("<tool_call>", "<function="), starts=(_START, _FUNCTION), marks=(_END,))

@@ -86,7 +86,7 @@ def run(model: Model, *frames: Frame, parallel: int = 1) -> list[Frame]:
     """What is sent for `frames`, in an empty cache."""
     model.clear()
     sent: list[Frame] = []
-    scheduler = Scheduler(model, Cache(model, model.context_length, model.sequences), parallel=parallel, cuts=model.cuts)
+    scheduler = Scheduler(model, Cache(model, model.context_length, model.sequences), parallel=parallel, prefill_share=0.5, cuts=model.cuts)
     for each in frames:
         job = make_job(each, model, sent.append)
         try:

@@ -327,7 +327,7 @@ class Scheduler:
         *,
         parallel: int = 4,
         max_queue: int = 64,
-        prefill_share: float = 0.65,
+        prefill_share: float,
         speculator: Speculator | None = None,
         cuts: bool = True,
         seconds_per_token: float = 0.0,
