@@ -40,7 +40,8 @@ if arguments[:2] == ["-m", "pip"]:
     Path(arguments[arguments.index("--log") + 1]).write_text(plan.get("log", ""))
     if plan.get("hang"):
         print("hanging", flush=True)
-        time.sleep(120)
+        while True:
+            time.sleep(0.05)  # a signal in the moment before one long sleep would wait for its end
     if "download" in arguments and plan.get("wheel"):
         shutil.copy(plan["wheel"], arguments[arguments.index("--dest") + 1])
     sys.exit(plan.get("pip", 0))
@@ -458,7 +459,8 @@ def test_one_signal_ends_the_server_in_order(copy, number):
         "import os, signal, sys, time\n"
         "def end(number, frame): os.write(1, b'end %d\\n' % number); sys.exit(9)  # print may be under way\n"
         "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)\n"
-        "print('serving', flush=True); time.sleep(120)"
+        "print('serving', flush=True)\n"
+        "while True: time.sleep(0.05)"
     )
     process = copy.spawn()
     read_until(process, "serving")

@@ -173,7 +173,8 @@ import os, signal, sys, time
 def end(number, frame):
     os.write(1, b"got %d\\n" % number); sys.exit(40 + number)  # print may be under way
 for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(n, end)
-print(os.getpid(), flush=True); time.sleep(120)
+print(os.getpid(), flush=True)
+while True: time.sleep(0.05)  # a signal in the moment before one long sleep would wait for its end
 """
 PARENT = """
 import sys; from modules.system import run_child
@@ -215,7 +216,9 @@ import os, signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"],
     stdout=subprocess.PIPE)
 child.stdout.readline()
-try: print(child.pid, flush=True); time.sleep(120)
+try:
+    print(child.pid, flush=True)
+    while True: time.sleep(0.05)
 except KeyboardInterrupt: sys.exit(3)
 """
     parent = python(PARENT, leader, "60", "tree")
