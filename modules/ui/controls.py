@@ -37,6 +37,26 @@ def host(kind: str, inner: str = "", **properties: Any) -> gr.HTML:
     return gr.HTML(inner, js_on_load=mount, apply_default_css=False, **properties)
 
 
+def marks(painted: Iterable[Component], name: str) -> list[gr.Textbox]:
+    """Hidden fields of class `name`, into which Gradio writes whatever it is given together with the values of `painted`.
+
+    One stands on the page and one in each accordion: what is in a closed one is drawn when it is opened, and a moment later shows what it was
+    told before.
+    """
+    folds = {id(fold): fold for control in painted if (fold := _fold(control))}
+    made = [gr.Textbox("", visible="hidden", elem_classes=name)]
+    for fold in folds.values():
+        with fold:
+            made.append(gr.Textbox("", visible="hidden", elem_classes=name))
+    return made
+
+
+def _fold(block: Any) -> gr.Accordion | None:
+    while block is not None and not isinstance(block, gr.Accordion):
+        block = block.parent
+    return block
+
+
 def label(knob: Knob) -> str:
     """The knob's name as a heading: abbreviations in their usual spelling, the first letter large."""
     text = " ".join(_SPELLING.get(word, word) for word in knob.label.split())

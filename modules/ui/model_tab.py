@@ -16,7 +16,7 @@ from gradio.components import Component
 from modules import loaders
 from modules.app import App
 from modules.backends.base import Loader
-from modules.ui.controls import QUIET, controls, groups, host
+from modules.ui.controls import QUIET, controls, groups, host, marks
 from modules.ui.i18n import Words
 
 AUTOMATIC = "Automatic"
@@ -117,5 +117,5 @@ def _repaint(model: gr.Dropdown, loader: gr.Dropdown, template: gr.Dropdown, mad
         each: {name: [control.minimum, control.maximum] if isinstance(control, gr.Slider) else None for name, control in of_loader.items()}
         for each, of_loader in made.items()
     }
-    told = gr.Textbox("", visible="hidden", elem_id="tgw-model-shown")
-    again.click(None, None, [model, loader, template, *shown, told], js=_call(f"show({json.dumps(spans)})"), **QUIET)
+    fields = marks(shown, "tgw-model-shown")
+    again.click(None, None, [model, loader, template, *shown, *fields], js=_call(f"show({json.dumps(spans)}, {len(fields)})"), **QUIET)

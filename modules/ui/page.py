@@ -20,7 +20,7 @@ from gradio.components import Component
 
 from modules.app import App
 from modules.ui import ASSETS, chat_tab, gradio_api, model_tab, parameters_tab
-from modules.ui.controls import QUIET, host
+from modules.ui.controls import QUIET, host, marks
 from modules.ui.i18n import translate
 
 TITLE = "Text Generation Web UI"
@@ -65,8 +65,8 @@ def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
     """Let the controls show the values in effect, which the page's script knows, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
     spans = {name: _span(control) for name, control in made.items()}
-    shown = gr.Textbox("", visible="hidden", elem_id="tgw-shown")
-    again.click(None, None, [*made.values(), shown], js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
+    fields = marks(made.values(), "tgw-shown")
+    again.click(None, None, [*made.values(), *fields], js=f"() => window.tgwPanel.show({json.dumps(spans)}, {len(fields)})", **QUIET)
     page.load(None, None, None, js="() => { window.tgwControls = true; window.tgw?.controls(); }", **QUIET)
 
 

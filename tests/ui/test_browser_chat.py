@@ -245,18 +245,27 @@ def test_each_conversation_has_its_own_draft(live_server, new_tab):
 
 def test_a_lost_connection_is_told_and_made_again(live_server, new_tab):
     live_server.hold("Before ", "after")
-    tab = new_tab()
-    tab.add_init_script("window.WebSocket = class extends WebSocket { constructor(...a) { super(...a); window.lastSocket = this; } }")
+    tab, sockets, down = new_tab(), [], False
+
+    def relay(socket):
+        if down:
+            return socket.close()
+        sockets.append((socket, socket.connect_to_server()))
+
+    tab.route_web_socket(re.compile("/chat/events"), relay)
     tab.reload()
     send(tab, "Go")
     live_server.say(1)
     expect(reply(tab)).to_contain_text("Before")
+    down = True
     tab.context.set_offline(True)
-    tab.evaluate("window.lastSocket.close()")  # being offline leaves open sockets alone
+    for end in sockets[-1]:  # being offline leaves open sockets alone
+        end.close()
     box(tab).fill("typed meanwhile")
     expect(tab.locator(".tgw-banner")).to_be_visible()
     live_server.say(1)
     until(lambda: not live_server.app.replies.running(tab.url.split("#c=")[1]))
+    down = False
     tab.context.set_offline(False)
     expect(tab.locator(".tgw-banner")).to_be_hidden()
     expect(reply(tab).locator(".tgw-body")).to_have_text("Before after")

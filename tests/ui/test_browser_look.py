@@ -411,7 +411,7 @@ def test_a_russian_browser_gets_a_russian_page(live_server, new_browser):
     expect(tab.get_by_role("button", name="Вернуть исходные")).to_be_visible()
     tab.get_by_role("tab", name="Модель").click()
     expect(tab.get_by_text("Положите файлы .gguf или папки моделей в")).to_be_visible()
-    expect(tab.locator(".tgw-card strong")).to_have_text("Готова")
+    expect(tab.locator("#tgw-status strong")).to_have_text("Готова")
 
 
 def test_the_choice_comes_before_the_browsers_language(wide):

@@ -42,7 +42,10 @@ def group(tab, title):
     heading = tab.locator(".tgw-group > button.label-wrap", has_text=title)
     if heading.evaluate("(e) => !e.classList.contains('open')"):
         heading.click()
-    return tab.locator(".tgw-group", has=tab.locator("button.label-wrap", has_text=title))
+    opened = tab.locator(".tgw-group", has=tab.locator("button.label-wrap", has_text=title))
+    opened.locator(".tgw-shown").wait_for(state="attached")
+    filled(tab)
+    return opened
 
 
 def menu(tab, name):

@@ -84,10 +84,10 @@ def test_every_parameter_has_exactly_one_control(page, name):
 
 def test_every_value_in_effect_is_shown(page):
     event = event_of(page, "tgwPanel.show(")
-    spans = json.loads(re.search(r"show\((\{.*\})\)", event.js)[1])
+    spans = json.loads(re.search(r"show\((\{.*\}), \d+\)", event.js)[1])
     assert spans.keys() == SHOWN.keys()
-    *shown, painted = event.outputs
-    assert painted.elem_id == "tgw-shown"
+    shown, marks = event.outputs[: len(spans)], event.outputs[len(spans) :]
+    assert {tuple(mark.elem_classes) for mark in marks} == {("tgw-shown",)}
     for (name, span), control in zip(spans.items(), shown, strict=True):
         assert f"knob-{name}" in (control.elem_classes or []) or name in MENUS
         if isinstance(control, gr.Slider):

@@ -287,7 +287,7 @@ class LlamaCppBackend:
         """Start the engine until it runs. Who asks meanwhile waits for the first attempt, and later gets what went wrong."""
         while True:
             self._fruitless += 1
-            pause = 0.0 if self._fruitless == 1 else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._fruitless - 2))
+            pause = pause_before(self._fruitless)
             with self._changed:
                 if pause and self._trouble is None:
                     words = f"The engine stopped {self._fruitless} times in a row. It is started again in {pause:.0f} seconds"
@@ -339,6 +339,11 @@ class LlamaCppBackend:
     def _ask(self, kind: str, fields: dict[str, Any], raw: bytes = b"", cancel: CancelToken | None = None) -> Frame:
         connection = self._connected(cancel or CancelToken())
         return _answer(connection, kind, fields, raw, cancel) if connection else Frame("end")
+
+
+def pause_before(start: int) -> float:
+    """Seconds before the engine is started again, for the first time (at once), the second…, while nobody has got a reply from it."""
+    return 0.0 if start == 1 else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (start - 2))
 
 
 _UNLOADED = "The model was unloaded. Load it again on the Model tab."

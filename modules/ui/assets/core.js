@@ -69,7 +69,7 @@ export function near(target, root, rootMargin, action) {
   return { again() { observer.unobserve(target); observer.observe(target); } };
 }
 
-/** Calls `ask` at once and then again after each `pause`, while `element` and the page can be seen and `ask` answers true. The result begins anew. */
+/** Calls `ask` at once and then again after each `pause`, while `ask` answers true, the page can be seen, and `element` can or is a screen away. The result begins anew. */
 export function whileSeen(element, pause, ask) {
   let seen = false, turn;
   const look = async () => {
@@ -79,7 +79,7 @@ export function whileSeen(element, pause, ask) {
       if (turn !== mine) return;
     }
   };
-  new IntersectionObserver((told) => { if (seen !== (seen = told.at(-1).isIntersecting)) look(); }).observe(element);
+  new IntersectionObserver((told) => { if (seen !== (seen = told.at(-1).isIntersecting)) look(); }, { rootMargin: '100%' }).observe(element);
   document.addEventListener('visibilitychange', look);
   return look;
 }
@@ -211,8 +211,11 @@ export function percent(share) { return `${Math.round(100 * share)} %`; }
 
 export function write(element, text) { if (element.textContent !== text) element.textContent = text; }
 
-/** Whether Gradio has written `count` into the hidden field, which it does together with what it was told to show. */
-export function paintedAs(field, count) { return document.querySelector(`#${field} :is(input, textarea)`)?.value === String(count); }
+/** Whether Gradio has written `count` into the hidden fields of a class (see marks() in controls.py), which it does together with what it was told to show. */
+export function paintedAs(name, count) {
+  const fields = [...document.querySelectorAll(`.${name} :is(input, textarea)`)];
+  return fields.length > 0 && fields.every(({ value }) => value === String(count));
+}
 
 export function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }
 

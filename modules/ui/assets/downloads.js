@@ -7,7 +7,7 @@ const LARGE = 2 ** 24;  // smaller files are no weights
 const ENDED = ['done', 'failed', 'cancelled'];
 
 export const downloads = {
-  told: [],
+  told: [], turn: 0,
 
   mount(host) {
     if (!this.el) this.build();
@@ -73,10 +73,8 @@ export const downloads = {
 
   async start(body, rows) {
     const files = rows.filter(({ box }) => box.checked).flatMap(({ file }) => file.names);
-    const told = await attempt(() => api('POST', 'downloads', { ...body, files }));
-    if (!told) return;
+    if (!await this.answered(() => attempt(() => api('POST', 'downloads', { ...body, files })))) return;
     this.plan.replaceChildren();
-    this.show(told.downloads);
     this.watch();
   },
 
@@ -84,8 +82,7 @@ export const downloads = {
 
   /** Whether to ask again. */
   async read() {
-    const told = await api('GET', 'downloads').catch(() => null);  // without a connection the banner says so
-    if (told) this.show(told.downloads);
+    await this.answered(() => api('GET', 'downloads').catch(() => null));  // without a connection the banner says so
     return this.told.some(({ state }) => !ENDED.includes(state) && state !== 'paused');
   },
 
@@ -93,8 +90,10 @@ export const downloads = {
     const before = new Map(this.told.map((each) => [each.id, each.state]));
     this.told = told;
     if (told.some(({ id, state }) => state === 'done' && before.has(id) && before.get(id) !== 'done')) this.arrived();
-    const known = new Map([...this.list.children].map((line) => [line.dataset.id, line]));
-    this.list.replaceChildren(...told.map((each) => this.line(each, known.get(each.id))));
+    const shown = [...this.list.children];
+    const known = new Map(shown.map((line) => [line.dataset.id, line]));
+    const lines = told.map((each) => this.line(each, known.get(each.id)));
+    if (lines.length !== shown.length || lines.some((line, n) => line !== shown[n])) this.list.replaceChildren(...lines);  // a button that is put in anew in the middle of a click is not clicked
   },
 
   /** A model is there that was not. */
@@ -127,10 +126,15 @@ export const downloads = {
   },
 
   async change(method, path) {
-    const told = await attempt(() => api(method, path));
-    if (!told) return;
-    this.show(told.downloads);
-    this.watch();
+    if (await this.answered(() => attempt(() => api(method, path)))) this.watch();
+  },
+
+  /** Ask, and show what is told unless something was asked after it: answers may overtake each other. Answers whether there was one. */
+  async answered(ask) {
+    const turn = ++this.turn;
+    const told = await ask();
+    if (told && turn === this.turn) this.show(told.downloads);
+    return Boolean(told);
   },
 };
 

@@ -93,14 +93,14 @@ export const chosen = {
   painted() { return this.paints > 0 && paintedAs('tgw-model-shown', this.paints); },
 
   /** What the controls show: of the menus of models, loaders and templates, and of each loader's options with its range where it is a slider. */
-  show(spans) {
+  show(spans, marks) {
     const options = Object.entries(spans).flatMap(([loader, of]) => Object.entries(of).map(([name, span]) => {
       const value = loader === this.loader ? this.values[name] : undefined;
       if (value === undefined) return update();
       if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
       return update({ value, minimum: Math.min(value, span[0]), maximum: Math.max(value, span[1]) });
     }));
-    return [this.menu(), this.byHand, this.templateMenu(), ...options, String(this.paints)];
+    return [this.menu(), this.byHand, this.templateMenu(), ...options, ...Array(marks).fill(String(this.paints))];
   },
 
   /** An option was changed, by a person or a button here. */

@@ -61,7 +61,7 @@ function within(name, value, low, high) {
 }
 
 /** What the controls show from now on: the values in effect. `spans`: their names, in order, with the range of a slider, the files of a menu. */
-function show(spans) {
+function show(spans, marks) {
   const values = Object.entries(spans).map(([name, span]) => {
     const value = session.values[name];
     if (value === undefined || session.changing(name)) return update();
@@ -70,7 +70,7 @@ function show(spans) {
     const listed = !value || span.files.some(([, file]) => file === value);
     return update({ value, ...(!listed && { choices: [...span.files, [value, value]] }) });
   });
-  return [...values, String(session.paints)];
+  return [...values, ...Array(marks).fill(String(session.paints))];
 }
 
 const update = (values) => ({ __type__: 'update', ...values });  // of a Gradio control; what is not named stays

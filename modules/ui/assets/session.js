@@ -18,8 +18,7 @@ export const session = {
   pending: {}, posting: {},
   /** When somebody changed a control, until Gradio tells it (`set`), a little later. */
   touched: {},
-  /** Whether the controls are there; how often they had to be painted, and whether they show the last of that: Gradio writes its number into a
-      hidden field together with their values. */
+  /** Whether the controls are there; how often they had to be painted, and whether they show the last of that. */
   mounted: false, paints: 0,
   get painted() { return this.mounted && this.shown !== null && paintedAs('tgw-shown', this.paints); },
   set(name, value) {
