@@ -2,10 +2,10 @@
 
     python -m benchmarks.engine.bare MODEL THREADS CONTEXT SEQUENCES
 
-For each line of JSON on stdin one line on stdout. {"do": "write", "prompts": [[ids]], "tokens": n, "ban_eos": true} computes the prompts one after
-the other and then writes greedily, one token of each in every decoding: {"began": t, "times": [[t]], "tokens": [[ids]]}, with the clock of
-`time.perf_counter`, which all processes of a machine share. {"do": "logits", "prompt": [ids], "written": [ids], "of": [ids]} computes the
-same way and gives the next token's logits of some ids.
+For each line of JSON on stdin one line on stdout. {"do": "write", "prompts": [[ids]], "tokens": n, "ban_eos": true, "piece": 512} computes the
+prompts one after the other, at most so many tokens at once, and then writes greedily, one token of each in every decoding:
+{"began": t, "times": [[t]], "tokens": [[ids]]}, with the clock of `time.perf_counter`, which all processes of a machine share.
+{"do": "logits", "prompt": [ids], "written": [ids], "of": [ids]} computes the same way and gives the next token's logits of some ids.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Loop:
         self.batch = lib.llama_batch_init(BATCH, 0, 1)
         self.size = int(lib.llama_vocab_n_tokens(self.vocabulary))
 
-    def read(self, sequence: int, prompt: Sequence[int]) -> None:
-        """Compute a prompt; the logits after its last token are output −1."""
+    def read(self, sequence: int, prompt: Sequence[int], piece: int = BATCH) -> None:
+        """Compute a prompt, `piece` tokens at once; the logits after its last token are output −1."""
         batch = self.batch
-        for start in range(0, len(prompt), BATCH):
-            piece = prompt[start : start + BATCH]
-            batch.n_tokens = len(piece)
-            for place, token in enumerate(piece):
+        for start in range(0, len(prompt), piece):
+            tokens = prompt[start : start + piece]
+            batch.n_tokens = len(tokens)
+            for place, token in enumerate(tokens):
                 self._put(place, token, start + place, sequence, start + place == len(prompt) - 1)
             self._decode()
 
@@ -74,7 +74,7 @@ class Loop:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         return chain
 
-    def write(self, prompts: Sequence[Sequence[int]], tokens: int, ban_eos: bool) -> dict[str, Any]:
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int, ban_eos: bool, piece: int) -> dict[str, Any]:
         """Write after all prompts. Without `ban_eos` for one prompt only: then the text may end by itself."""
         lib.llama_memory_clear(self.memory, True)
         count = len(prompts)
@@ -84,7 +84,7 @@ class Loop:
         times: list[list[float]] = [[] for _ in prompts]
         began = time.perf_counter()
         for sequence, prompt in enumerate(prompts):
-            self.read(sequence, prompt)
+            self.read(sequence, prompt, piece)
             written[sequence].append(sample(chains[sequence], context, -1))
             times[sequence].append(time.perf_counter())
         positions = [len(prompt) for prompt in prompts]
@@ -121,7 +121,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["do"] == "write":
-            answer: Any = loop.write(asked["prompts"], asked["tokens"], asked["ban_eos"])
+            answer: Any = loop.write(asked["prompts"], asked["tokens"], asked["ban_eos"], asked.get("piece", BATCH))
         else:
             answer = loop.logits(asked["prompt"], asked["written"], asked["of"])
         print(json.dumps(answer), flush=True)

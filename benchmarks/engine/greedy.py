@@ -1,7 +1,8 @@
 """Whether our engine writes what the bare loop writes: token for token alone, and nearly so in a full batch.
 
 Alone, the engine is started anew for each prompt, so that its cache is empty. In a batch, numbers are added in another order, and two candidates
-that are nearly equal may change places: for each first difference the bare loop tells how far apart their logits are.
+that are nearly equal may change places: for each first difference the bare loop tells how far apart their logits are. What the library itself
+does to a prompt that is computed in pieces is shown beside it: the same loop, which reads 32 tokens at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.engine.harness import Bench, Check, Ours, Stream, say, title
 from benchmarks.engine.references import Bare, bare
 
-CLIENTS = 8
+CLIENTS, PIECE = 8, 32
 OPENINGS = (
     "Once upon a time there was",
     "The most important thing to know about",
@@ -38,13 +39,16 @@ def measure(bench: Bench) -> list[Check]:
     with bare(bench) as loop:
         wanted = [loop.write(prompt, tokens) for prompt in prompts]
         alone = [_alone(bench, prompt, tokens) for prompt in prompts]
-        equal = sum(_same(stream, right, ends) for stream, right in zip(alone, wanted, strict=True))
+        equal = sum(_equal(_written(stream, ends), right) for stream, right in zip(alone, wanted, strict=True))
         say(f"1 client, empty cache: {equal} of {len(prompts)} equal to the bare loop's; reused tokens {sum(s.timings.reused_tokens for s in alone)}")
-        _gaps(loop, alone, wanted, ends)
+        _gaps(loop, [_written(stream, ends) for stream in alone], prompts, wanted)
         crowd = _crowd(bench, prompts, tokens)
-        same = sum(_same(stream, right, ends) for stream, right in zip(crowd, wanted, strict=True))
+        same = sum(_equal(_written(stream, ends), right) for stream, right in zip(crowd, wanted, strict=True))
         say(f"{CLIENTS} clients: {same} of {len(prompts)} equal ({same / len(prompts):.2f})")
-        gaps = _gaps(loop, crowd, wanted, ends)
+        gaps = _gaps(loop, [_written(stream, ends) for stream in crowd], prompts, wanted)
+        pieces = [loop.write(prompt, tokens, piece=PIECE) for prompt in prompts]
+        say(f"the bare loop, prompts read {PIECE} tokens at once: {sum(map(_equal, pieces, wanted))} of {len(prompts)} equal to its own")
+        _gaps(loop, pieces, prompts, wanted)
     return [
         Check("greedy: prompts written as the bare loop writes them, 1 client, over all", equal / len(prompts), 1),
         Check(f"greedy: widest gap of logits at a first difference, {CLIENTS} clients", max(gaps, default=0.0), 0.1, at_least=False),
@@ -73,8 +77,8 @@ def _crowd(bench: Bench, prompts: Sequence[Sequence[int]], tokens: int) -> list[
     return streams
 
 
-def _same(stream: Stream, wanted: Sequence[int], ends: Sequence[int]) -> bool:
-    return _difference(_written(stream, ends), wanted) is None
+def _equal(ours: Sequence[int], wanted: Sequence[int]) -> bool:
+    return _difference(ours, wanted) is None
 
 
 def _written(stream: Stream, ends: Sequence[int]) -> list[int]:
@@ -88,19 +92,18 @@ def _difference(ours: Sequence[int], wanted: Sequence[int]) -> int | None:
     return next((place for place in places if list(ours[place : place + 1]) != list(wanted[place : place + 1])), None)
 
 
-def _gaps(loop: Bare, streams: Sequence[Stream], wanted: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
+def _gaps(loop: Bare, texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[float]:
     """At each first difference: the bare loop's logit of its own candidate less that of ours. Printed too."""
     gaps = []
-    for stream, right in zip(streams, wanted, strict=True):
-        ours = _written(stream, ends)
+    for ours, prompt, right in zip(texts, prompts, wanted, strict=True):
         place = _difference(ours, right)
         if place is None:
             continue
         if place >= min(len(ours), len(right)):  # one is the other's beginning: no difference between candidates, and never right
             gap = float("inf")
         else:
-            best, other = loop.logits(stream.prompt, right[:place], (right[place], ours[place]))
+            best, other = loop.logits(prompt, right[:place], (right[place], ours[place]))
             gap = best - other
         gaps.append(gap)
-        say(f"    prompt of {len(stream.prompt)} tokens: first difference at token {place} of {len(right)}, gap {gap:.4f}")
+        say(f"    prompt of {len(prompt)} tokens: first difference at token {place} of {len(right)}, gap {gap:.4f}")
     return gaps

@@ -48,9 +48,9 @@ class Bare:
         for stream, times, tokens in zip(streams, answer["times"], answer["tokens"], strict=True):
             stream.sent, stream.times, stream.tokens = answer["began"], times, tokens
 
-    def write(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """Greedy token ids; a token that ends the text is the last one."""
-        ids: list[int] = self._ask(do="write", prompts=[list(prompt)], tokens=tokens, ban_eos=False)["tokens"][0]
+    def write(self, prompt: Sequence[int], tokens: int, **how: int) -> list[int]:
+        """Greedy token ids; a token that ends the text is the last one. `piece`: how many tokens of the prompt are computed at once."""
+        ids: list[int] = self._ask(do="write", prompts=[list(prompt)], tokens=tokens, ban_eos=False, **how)["tokens"][0]
         return ids
 
     def logits(self, prompt: Sequence[int], written: Sequence[int], of: Sequence[int]) -> list[float]:

@@ -40,3 +40,10 @@ def ask(tab, text):
 def filled(tab):
     """The controls show what is in effect."""
     tab.wait_for_function("window.tgw?.painted()")
+
+
+def parameters(tab):
+    """Go to the Parameters tab, whose controls are drawn when it is first opened; they show what is in effect."""
+    tab.get_by_role("tab", name="Parameters").click()
+    tab.locator("#tgw-tab-parameters .tgw-shown").first.wait_for(state="attached")
+    filled(tab)

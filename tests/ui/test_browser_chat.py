@@ -6,7 +6,7 @@ import pytest
 
 from modules.conversation import Conversation, new_id
 from tests.fakes import until
-from tests.ui.acting import ask, box, finished, reply, send, user
+from tests.ui.acting import ask, box, finished, parameters, reply, send, user
 
 pytestmark = pytest.mark.browser
 
@@ -605,7 +605,7 @@ def parameter(tab, name):
 
 def test_the_parameter_shown_is_the_one_in_effect(live_server, new_tab):
     tab = new_tab()
-    tab.get_by_role("tab", name="Parameters").click()
+    parameters(tab)
     for typed, shown in (("999", 5), ("-5", 0.01), ("", 0.01), ("0.7", 0.7)):
         parameter(tab, "temperature").fill(typed)
         parameter(tab, "temperature").press("Tab")
@@ -616,7 +616,7 @@ def test_the_parameter_shown_is_the_one_in_effect(live_server, new_tab):
 def test_a_refused_parameter_and_one_of_another_tab_are_shown_as_the_server_has_them(live_server, new_tab):
     one, two = new_tab(), new_tab()
     for tab in (one, two):
-        tab.get_by_role("tab", name="Parameters").click()
+        parameters(tab)
     parameter(one, "seed").fill("-99")
     parameter(one, "seed").press("Tab")
     expect(parameter(one, "seed")).to_have_value("-1")

@@ -8,7 +8,7 @@ import pytest
 from modules.samplers import SamplingParams
 from modules.ui import ASSETS
 from tests.fakes import FakeBackend, until
-from tests.ui.acting import ask, filled
+from tests.ui.acting import ask, filled, parameters
 
 pytestmark = pytest.mark.browser
 
@@ -214,7 +214,7 @@ def test_a_number_beyond_the_sliders_range_is_shown_as_it_is(live_server, wide):
     tab = wide()
     tab.evaluate("window.tgw.call('PATCH', 'chat/session', { temperature: 9.5 })")
     tab.reload()
-    tab.get_by_role("tab", name="Parameters").click()
+    parameters(tab)
     number = tab.locator(".knob-temperature input[type=number]")
     expect(number).to_have_value("9.5")
     number.focus()
@@ -231,7 +231,7 @@ def test_a_number_beyond_the_sliders_range_is_shown_as_it_is(live_server, wide):
     tab.get_by_role("button", name="Restore defaults").click()
     until(lambda: in_effect(tab)["temperature"] == SamplingParams().temperature)
     tab.reload()
-    tab.get_by_role("tab", name="Parameters").click()
+    parameters(tab)
     expect(number).to_have_attribute("max", "5")
 
 

@@ -6,7 +6,7 @@ import yaml
 from modules.samplers import NEUTRAL
 from modules.templates import FALLBACK
 from tests.fakes import until
-from tests.ui.acting import ask, filled
+from tests.ui.acting import ask, filled, parameters
 
 pytestmark = pytest.mark.browser
 
@@ -34,7 +34,7 @@ def tab(live_server, new_tab):
 
 def open_parameters(page):
     with page.expect_response("**/chat/library"):
-        page.get_by_role("tab", name="Parameters").click()
+        parameters(page)
 
 
 def group(tab, title):
