@@ -15,13 +15,8 @@ STARTER = ROOT / "user_data" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engine tests run on one worker and browser tests on one, so that they do not slow each other down.
-
-    A browser test that fails is run once more, and the summary names it: a machine that is busy elsewhere for seconds is no fault of the page.
-    """
+    """Engine tests run on one worker and browser tests on one, so that they do not slow each other down."""
     for item in items:
-        if item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.flaky(reruns=1))
         for kind in ("engine", "browser"):
             if item.get_closest_marker(kind) and not item.get_closest_marker("xdist_group"):
                 item.add_marker(pytest.mark.xdist_group(kind))
