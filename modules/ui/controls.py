@@ -14,6 +14,7 @@ from modules.options import Knob, Options
 MAX_STEPS = 200_000  # a slider with more has no usable positions: a number field then
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """For events that a person does not wait for."""
+UNPAINTED = "tgw-unpainted"
 
 _NAMES = ["XTC", "DRY", "TFS", "BOS", "EOS", "GPU", "CPU", "RAM", "KV", "MoE", "LLM", "RoPE", "LoRA", "NUMA", "GBNF", "API"]
 _SPELLING = {word.lower(): word for word in _NAMES} | {
@@ -37,24 +38,19 @@ def host(kind: str, inner: str = "", **properties: Any) -> gr.HTML:
     return gr.HTML(inner, js_on_load=mount, apply_default_css=False, **properties)
 
 
-def marks(painted: Iterable[Component], name: str) -> list[gr.Textbox]:
-    """Hidden fields of class `name`, into which Gradio writes whatever it is given together with the values of `painted`.
+def span(control: Component) -> dict[str, Any]:
+    """What the page's script must know to let `control` show a value (shownAs in core.js), and from now on it is not seen before it shows one.
 
-    One stands on the page and one in each accordion: what is in a closed one is drawn when it is opened, and a moment later shows what it was
-    told before.
+    Gradio draws a tab or an accordion when it is first opened, and writes a moment later what its controls were told before: whatever somebody
+    chose in that moment would be lost. The value and the class that lets the control be seen are written together.
     """
-    folds = {id(fold): fold for control in painted if (fold := _fold(control))}
-    made = [gr.Textbox("", visible="hidden", elem_classes=name)]
-    for fold in folds.values():
-        with fold:
-            made.append(gr.Textbox("", visible="hidden", elem_classes=name))
-    return made
-
-
-def _fold(block: Any) -> gr.Accordion | None:
-    while block is not None and not isinstance(block, gr.Accordion):
-        block = block.parent
-    return block
+    classes = list(control.elem_classes or ())
+    control.elem_classes = [*classes, UNPAINTED]
+    if isinstance(control, gr.Slider):
+        return {"classes": classes, "range": [control.minimum, control.maximum]}
+    if isinstance(control, gr.Dropdown) and control.allow_custom_value:  # files, which come and go: those that were there at the start
+        return {"classes": classes, "files": control.choices}
+    return {"classes": classes}
 
 
 def label(knob: Knob) -> str:

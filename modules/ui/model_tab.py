@@ -16,7 +16,7 @@ from gradio.components import Component
 from modules import loaders
 from modules.app import App
 from modules.backends.base import Loader
-from modules.ui.controls import QUIET, controls, groups, host, marks
+from modules.ui.controls import QUIET, controls, groups, host, span
 from modules.ui.i18n import Words
 
 AUTOMATIC = "Automatic"
@@ -113,9 +113,5 @@ def _repaint(model: gr.Dropdown, loader: gr.Dropdown, template: gr.Dropdown, mad
     """Let the controls show what models.js knows of the chosen model, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-model-repaint")
     shown = [control for of_loader in made.values() for control in of_loader.values()]
-    spans = {
-        each: {name: [control.minimum, control.maximum] if isinstance(control, gr.Slider) else None for name, control in of_loader.items()}
-        for each, of_loader in made.items()
-    }
-    fields = marks(shown, "tgw-model-shown")
-    again.click(None, None, [model, loader, template, *shown, *fields], js=_call(f"show({json.dumps(spans)}, {len(fields)})"), **QUIET)
+    spans = {each: {name: span(control) for name, control in of_loader.items()} for each, of_loader in made.items()}
+    again.click(None, None, [model, loader, template, *shown], js=_call(f"show({json.dumps(spans)})"), **QUIET)

@@ -20,7 +20,7 @@ from gradio.components import Component
 
 from modules.app import App
 from modules.ui import ASSETS, chat_tab, gradio_api, model_tab, parameters_tab
-from modules.ui.controls import QUIET, host, marks
+from modules.ui.controls import QUIET, host, span
 from modules.ui.i18n import translate
 
 TITLE = "Text Generation Web UI"
@@ -64,17 +64,9 @@ def build_page(app: App, who: gradio_api.Who | None = None) -> gr.Blocks:
 def _repaint(page: gr.Blocks, made: Mapping[str, Component]) -> None:
     """Let the controls show the values in effect, which the page's script knows, whenever it presses the button."""
     again = gr.Button("", visible="hidden", elem_id="tgw-repaint")
-    spans = {name: _span(control) for name, control in made.items()}
-    fields = marks(made.values(), "tgw-shown")
-    again.click(None, None, [*made.values(), *fields], js=f"() => window.tgwPanel.show({json.dumps(spans)}, {len(fields)})", **QUIET)
+    spans = {name: span(control) for name, control in made.items()}
+    again.click(None, None, list(made.values()), js=f"() => window.tgwPanel.show({json.dumps(spans)})", **QUIET)
     page.load(None, None, None, js="() => { window.tgwControls = true; window.tgw?.controls(); }", **QUIET)
-
-
-def _span(control: Component) -> Any:
-    """What the control can show: of a slider its range, of a menu of files those that were there at the start; else None."""
-    if isinstance(control, gr.Slider):
-        return {"range": [control.minimum, control.maximum]}
-    return {"files": control.choices} if isinstance(control, gr.Dropdown) and control.allow_custom_value else None
 
 
 def appearance() -> dict[str, Any]:

@@ -43,7 +43,7 @@ def filled(tab):
 
 
 def parameters(tab):
-    """Go to the Parameters tab, whose controls are drawn when it is first opened; they show what is in effect."""
+    """Go to the Parameters tab, which shows what is in effect."""
     tab.get_by_role("tab", name="Parameters").click()
-    tab.locator("#tgw-tab-parameters .tgw-shown").first.wait_for(state="attached")
+    tab.locator(".knob-temperature").wait_for()
     filled(tab)

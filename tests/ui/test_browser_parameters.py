@@ -43,7 +43,6 @@ def group(tab, title):
     if heading.evaluate("(e) => !e.classList.contains('open')"):
         heading.click()
     opened = tab.locator(".tgw-group", has=tab.locator("button.label-wrap", has_text=title))
-    opened.locator(".tgw-shown").wait_for(state="attached")
     filled(tab)
     return opened
 
@@ -134,13 +133,17 @@ def test_what_somebody_is_typing_is_not_painted_over_but_another_chat_shows_its_
     expect(grammar).to_have_value("")
 
 
-def test_a_value_changed_before_the_server_has_answered_stands(live_server, tab):
+def test_nothing_can_be_changed_before_the_server_has_answered(live_server, tab):
+    choose(tab, "Preset", "Creative")
+    expect(knob(tab, "min_p")).to_have_value("0.02")
     tab.add_init_script(SLOW)
     tab.reload()
     tab.get_by_role("tab", name="Parameters").click()
-    knob(tab, "min_p").fill("0.3")
+    knob(tab, "min_p").wait_for(state="attached")
+    expect(knob(tab, "min_p")).to_be_hidden()
     tab.evaluate("release()")
-    filled(tab)
+    knob(tab, "min_p").fill("0.3")
+    expect(knob(tab, "temperature")).to_be_visible()
     expect(knob(tab, "min_p")).to_have_value("0.3")
     until(lambda: in_effect(tab)["min_p"] == 0.3)
 

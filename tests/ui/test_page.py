@@ -14,6 +14,7 @@ from modules.paths import UserData
 from modules.samplers import NEUTRAL, SamplingParams
 from modules.settings import ChatOptions, PageOptions
 from modules.ui import ASSETS
+from modules.ui.controls import UNPAINTED
 from modules.ui.page import TABS, TITLE, appearance, build_page
 from modules.ui.views import BlockPresenter
 
@@ -84,16 +85,15 @@ def test_every_parameter_has_exactly_one_control(page, name):
 
 def test_every_value_in_effect_is_shown(page):
     event = event_of(page, "tgwPanel.show(")
-    spans = json.loads(re.search(r"show\((\{.*\}), \d+\)", event.js)[1])
+    spans = json.loads(re.search(r"show\((\{.*\})\)", event.js)[1])
     assert spans.keys() == SHOWN.keys()
-    shown, marks = event.outputs[: len(spans)], event.outputs[len(spans) :]
-    assert {tuple(mark.elem_classes) for mark in marks} == {("tgw-shown",)}
-    for (name, span), control in zip(spans.items(), shown, strict=True):
-        assert f"knob-{name}" in (control.elem_classes or []) or name in MENUS
+    for (name, span), control in zip(spans.items(), event.outputs, strict=True):
+        assert f"knob-{name}" in span["classes"] or name in MENUS
+        assert control.elem_classes == [*span["classes"], UNPAINTED]  # it is not seen before it shows its value
         if isinstance(control, gr.Slider):
-            assert span == {"range": [control.minimum, control.maximum]}
+            assert span["range"] == [control.minimum, control.maximum]
         else:
-            assert span is None or [file for _, file in span["files"]] == [file for _, file in control.choices]
+            assert [file for _, file in span.get("files", ())] == ([file for _, file in control.choices] if "files" in span else [])
 
 
 def test_characters_and_users_are_chosen_saved_and_deleted_as_files(page):

@@ -211,10 +211,22 @@ export function percent(share) { return `${Math.round(100 * share)} %`; }
 
 export function write(element, text) { if (element.textContent !== text) element.textContent = text; }
 
-/** Whether Gradio has written `count` into the hidden fields of a class (see marks() in controls.py), which it does together with what it was told to show. */
-export function paintedAs(name, count) {
-  const fields = [...document.querySelectorAll(`.${name} :is(input, textarea)`)];
-  return fields.length > 0 && fields.every(({ value }) => value === String(count));
+/** What a control of Gradio is told; what is not named stays. */
+export const update = (parts = {}) => ({ __type__: 'update', ...parts });
+
+/** Lets a control of Gradio show `value` and be seen; undefined: what it shows already. `span` is what controls.py says of it; `paint` a class that is new each time. */
+export function shownAs({ classes, range, files }, value, paint) {
+  const seen = { elem_classes: [...classes, paint] };
+  if (value === undefined) return update(seen);
+  if (range) return update({ ...seen, value, minimum: Math.min(value, range[0]), maximum: Math.max(value, range[1]) });  // it may have been set beyond
+  const gone = files && value && !files.some(([, file]) => file === value);
+  const text = Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
+  return update({ ...seen, value: text, ...(gone && { choices: [...files, [value, value]] }) });
+}
+
+/** Whether no control that is drawn waits for what it is told: the last class is `paint` + `count`. */
+export function shownLast(paint, count) {
+  return count > 0 && !document.querySelector(`.tgw-unpainted, [class*="${paint}"]:not(.${paint}${count})`);
 }
 
 export function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }

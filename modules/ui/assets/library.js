@@ -1,8 +1,7 @@
 // The files of the Parameters tab: presets, grammars, instruction templates. Gradio's controls call these and show what they answer.
-import { api, attempt, t } from './core.js';
+import { api, attempt, t, update } from './core.js';
 import { session } from './session.js';
 
-const update = (values) => ({ __type__: 'update', ...values });  // of a control; what is not named stays
 const path = (kind, name) => `chat/${kind}/${encodeURIComponent(name)}`;
 const OPTION = { presets: 'preset', templates: 'instruction_template' };  // the parameter that names the one in use
 

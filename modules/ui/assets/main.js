@@ -133,6 +133,7 @@ window.tgw = {
   },
 };
 
+document.body.classList.add('tgw-built');
 model.show(model.status);
 if (window.tgwControls) window.tgw.controls();
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);

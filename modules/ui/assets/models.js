@@ -1,12 +1,11 @@
 // The Model tab: the chosen model, its card, what it needs of memory, its options, and what the buttons do. Gradio's menus and buttons call window.tgwModel.
-import { ServerError, api, attempt, bytes, el, later, number, paintedAs, percent, t, toast, whileSeen } from './core.js';
+import { ServerError, api, attempt, bytes, el, later, number, percent, shownAs, shownLast, t, toast, update, whileSeen } from './core.js';
 import { adapters } from './adapters.js';
 import { conversions } from './conversions.js';
 import { model } from './model.js';
 import { loadModel } from './main.js';
 import { sure } from './panel.js';
 
-const update = (values) => ({ __type__: 'update', ...values });  // of a Gradio control; what is not named stays
 const HASH_PAUSE = 1000;
 
 export const chosen = {
@@ -90,17 +89,13 @@ export const chosen = {
     document.getElementById('tgw-model-repaint')?.click();
   },
   paints: 0,
-  painted() { return this.paints > 0 && paintedAs('tgw-model-shown', this.paints); },
+  painted() { return shownLast('tgw-option-', this.paints); },
 
-  /** What the controls show: of the menus of models, loaders and templates, and of each loader's options with its range where it is a slider. */
-  show(spans, marks) {
-    const options = Object.entries(spans).flatMap(([loader, of]) => Object.entries(of).map(([name, span]) => {
-      const value = loader === this.loader ? this.values[name] : undefined;
-      if (value === undefined) return update();
-      if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
-      return update({ value, minimum: Math.min(value, span[0]), maximum: Math.max(value, span[1]) });
-    }));
-    return [this.menu(), this.byHand, this.templateMenu(), ...options, ...Array(marks).fill(String(this.paints))];
+  /** What the controls show: of the menus of models, loaders and templates, and of each loader's options. */
+  show(spans) {
+    const options = Object.entries(spans).flatMap(([loader, of]) => Object.entries(of).map(([name, span]) => (
+      shownAs(span, loader === this.loader ? this.values[name] : undefined, `tgw-option-${this.paints}`))));
+    return [this.menu(), this.byHand, this.templateMenu(), ...options];
   },
 
   /** An option was changed, by a person or a button here. */

@@ -1,5 +1,5 @@
 // The settings of the conversation shown, beside it. The controls are Gradio's (chat_tab.py); here they are shown and hidden, and know their files.
-import { el, api, attempt, dialog, memory, root, t, toast } from './core.js';
+import { el, api, attempt, dialog, memory, root, shownAs, t, toast, update } from './core.js';
 import { chat } from './chat.js';
 import { session } from './session.js';
 
@@ -60,20 +60,10 @@ function within(name, value, low, high) {
   return Math.min(most, Math.max(least, value ?? least));
 }
 
-/** What the controls show from now on: the values in effect. `spans`: their names, in order, with the range of a slider, the files of a menu. */
-function show(spans, marks) {
-  const values = Object.entries(spans).map(([name, span]) => {
-    const value = session.values[name];
-    if (value === undefined || session.changing(name)) return update();
-    if (!span) return Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
-    if (span.range) return update({ value, minimum: Math.min(value, span.range[0]), maximum: Math.max(value, span.range[1]) });  // the API may have set it beyond
-    const listed = !value || span.files.some(([, file]) => file === value);
-    return update({ value, ...(!listed && { choices: [...span.files, [value, value]] }) });
-  });
-  return [...values, ...Array(marks).fill(String(session.paints))];
+/** What the controls show from now on: the values in effect. `spans`: their names, in order, with what span() in controls.py says of them. */
+function show(spans) {
+  return Object.entries(spans).map(([name, span]) => shownAs(span, session.changing(name) ? undefined : session.values[name], `tgw-paint-${session.paints}`));
 }
-
-const update = (values) => ({ __type__: 'update', ...values });  // of a Gradio control; what is not named stays
 
 /** The files of characters and of users. Each function answers what their menu shows from now on. */
 export const people = {

@@ -1,5 +1,5 @@
 // The values in effect for the conversation shown, as the server holds them.
-import { later, api, toast, attempt, paintedAs, t } from './core.js';
+import { later, api, toast, attempt, shownLast, t } from './core.js';
 import { chat } from './chat.js';
 import { ahead } from './composer.js';
 import { theme } from './theme.js';
@@ -20,7 +20,7 @@ export const session = {
   touched: {},
   /** Whether the controls are there; how often they had to be painted, and whether they show the last of that. */
   mounted: false, paints: 0,
-  get painted() { return this.mounted && this.shown !== null && paintedAs('tgw-shown', this.paints); },
+  get painted() { return this.mounted && this.shown !== null && shownLast('tgw-paint-', this.paints); },
   set(name, value) {
     this.pending[name] = value;
     delete this.touched[name];
