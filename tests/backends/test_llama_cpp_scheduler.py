@@ -537,6 +537,20 @@ def test_short_prompts_overtake_within_a_step():
     world.run()
 
 
+@pytest.mark.parametrize(("length", "pieces"), [(235, [235]), (256, [192, 64]), (300, [192, 108]), (192, [192]), (500, [192, 192, 116])])
+def test_alone_no_prompt_ends_in_a_piece_below_a_tile(length, pieces):
+    world = World(cells=1000)
+    world.context.batch_size = 512
+    world.scheduler._pace = paced(lambda writing, share, most: min(most, 192))
+    listener = world.arrive([n % VOCABULARY for n in range(length)], limit=1)
+    read, found = 0, []
+    while not listener.ends:
+        world.step()
+        found.append(listener.job.computed - read if listener.job.sequence else length - read)
+        read = sum(found)
+    assert found == pieces
+
+
 def test_pace():
     pace = Pace()
     assert pace.piece(0, 0.5, 512) == 512 and pace.piece(2, 0.5, 512) == 64

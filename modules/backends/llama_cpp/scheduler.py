@@ -736,6 +736,8 @@ class Scheduler:
             budget = max(0, min(most, missing))
         else:
             budget = min(most, self._pace.piece(taken, share_of(self._share, len(ready), len(rows)), most)) if most > 0 else 0
+        if not rows and 0 < missing - budget < TILE and missing <= most:
+            budget = missing  # such a rest would take as long as a tile, and its numbers another path than the whole prompt's
         outputs = self._decoder.outputs_size - sum(row.outputs for _, row in rows)
         wanted = {job.id: 0 for job in ready}
         orders = [(ready[:1], budget - budget // 2), (sorted(ready, key=lambda job: job.missing), budget)]
