@@ -1,5 +1,7 @@
 """The Parameters tab in a real browser: presets, grammars and instruction templates of the user's folder, and the knobs."""
 
+import re
+
 import pytest
 import yaml
 
@@ -136,6 +138,7 @@ def test_what_somebody_is_typing_is_not_painted_over_but_another_chat_shows_its_
 def test_nothing_can_be_changed_before_the_server_has_answered(live_server, tab):
     choose(tab, "Preset", "Creative")
     expect(knob(tab, "min_p")).to_have_value("0.02")
+    tab.wait_for_function("localStorage.getItem('tgw.language')")  # else the page asks for it first
     tab.add_init_script(SLOW)
     tab.reload()
     tab.get_by_role("tab", name="Parameters").click()
@@ -146,6 +149,22 @@ def test_nothing_can_be_changed_before_the_server_has_answered(live_server, tab)
     expect(knob(tab, "temperature")).to_be_visible()
     expect(knob(tab, "min_p")).to_have_value("0.3")
     until(lambda: in_effect(tab)["min_p"] == 0.3)
+
+
+def test_values_that_could_not_be_read_come_with_the_next_connection(tab):
+    sockets = []
+    tab.wait_for_function("localStorage.getItem('tgw.language')")
+    tab.route_web_socket(re.compile("/chat/events"), lambda socket: sockets.append((socket, socket.connect_to_server())))
+    tab.route("**/chat/session", lambda route: route.abort(), times=1)
+    tab.reload()
+    tab.get_by_role("tab", name="Parameters").click()
+    knob(tab, "min_p").wait_for(state="attached")
+    expect(tab.locator(".tgw-toast")).to_contain_text("cannot be reached")
+    expect(knob(tab, "min_p")).to_be_hidden()
+    tab.wait_for_function("document.querySelector('.tgw-chip').dataset.state === 'ready'")  # told by the first of them
+    for end in sockets[-1]:
+        end.close()
+    expect(knob(tab, "min_p")).to_be_visible()
 
 
 def test_saving_the_present_values_under_a_name(live_server, tab):

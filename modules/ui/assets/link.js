@@ -7,7 +7,8 @@ import { session } from './session.js';
 import { model } from './model.js';
 
 export const link = {
-  delay: 250, heard: 0, greeted: false, failures: 0,
+  /** `again`: a connection was lost since the page was loaded. */
+  delay: 250, heard: 0, again: false, failures: 0,
 
   build() {
     this.banner = el('div.tgw-banner', { hidden: true, role: 'status', textContent: t('Reconnecting… What you type is kept.') });
@@ -32,6 +33,7 @@ export const link = {
 
   lost() {
     this.socket = null;
+    this.again = true;
     if (!this.failures) this.warning = setTimeout(() => { this.banner.hidden = false; }, 1000);
     this.failures += 1;
     // A refused socket does not say why; an ordinary request does, and leads to the login if that is missing.
@@ -64,7 +66,8 @@ export const link = {
 
   /** After a break in the connection, events may be missing: everything shown is read again. */
   hello() {
-    if (this.greeted) { ahead.told = ''; sidebar.load(); chat.reload(); }
-    this.greeted = true;
+    if (!this.again) return;
+    ahead.told = ''; sidebar.load(); chat.reload();
+    if (!chat.id && session.shown === null) chat.begin();  // it could not be read before
   },
 };
