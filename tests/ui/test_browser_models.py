@@ -148,6 +148,7 @@ def test_settings_are_kept_for_each_model(tab, live_server):
     context(tab).press("Enter")
     press(tab, "Save settings")
     expect(tab.get_by_text("Saved for this model.")).to_be_visible()
+    painted(tab)
     choose(tab, "Alpaca", "Template")
     until(lambda: live_server.app.model_settings.get(TINY).instruction_template == "Alpaca")
     choose(tab, OTHER)

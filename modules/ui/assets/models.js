@@ -130,15 +130,15 @@ export const chosen = {
     const body = { name: this.name, loader: this.byHand, options: this.changed };
     if (!this.name || !await attempt(() => api('PUT', 'models/settings', body))) return;
     this.changed = {};
+    await this.read();  // before it is told: who goes on in a menu is not painted over
     toast(t('Saved for this model.'), 'done');
-    await this.read();
   },
 
   async restore() {
     if (!this.name || !await attempt(() => api('POST', 'models/restore', { name: this.name }))) return;
     [this.changed, this.byHand] = [{}, ''];
-    toast(t('This model has its usual settings again.'), 'done');
     await this.read();
+    toast(t('This model has its usual settings again.'), 'done');
   },
 
   async remove() {
