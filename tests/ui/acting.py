@@ -3,6 +3,10 @@
 from playwright.sync_api import expect
 
 
+SLOW_FRAMES = "const soon = window.requestAnimationFrame; window.requestAnimationFrame = (draw) => setTimeout(() => soon(draw), 300);"
+"""A script: what is done in the next frame is done 300 ms later, as on a machine with much to do."""
+
+
 def box(tab):
     """Where a message is typed."""
     return tab.locator(".tgw-composer textarea")
@@ -35,6 +39,11 @@ def ask(tab, text):
     tab.get_by_role("button", name="Send", exact=True).click()
     expect(user(tab)).to_contain_text(text)
     finished(tab)
+
+
+def two_frames(tab):
+    """What was to be done in the next frame, or the one after it, is done."""
+    tab.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def filled(tab):

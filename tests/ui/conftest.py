@@ -169,8 +169,9 @@ def new_tab(everyday, watched, live_server):
     _forget(everyday, live_server.url)
     watched(everyday)
 
-    def make(path: str = "/", size: tuple[int, int] | None = None):
+    def make(path: str = "/", size: tuple[int, int] | None = None, script: str = ""):
         tab = everyday.new_page()
+        tab.add_init_script(script)
         if size:
             tab.set_viewport_size({"width": size[0], "height": size[1]})
         tab.goto(live_server.url + path)

@@ -11,6 +11,7 @@ from modules import app as building
 from modules.downloads import Downloads
 from tests import hub_server
 from tests.fakes import WAIT, until
+from tests.ui.acting import SLOW_FRAMES, two_frames
 from tests.ui.conftest import Live, serving
 from tests.ui.model_help import BROKEN, GIB, OTHER, TINY, built, machine
 from tests.ui.test_accessibility import faults
@@ -140,6 +141,18 @@ def test_memory_follows_the_options_and_sets_them(tab, live_server):
     until(lambda: len(live_server.engine.asked) == 2)
     name, options = live_server.engine.asked[-1]
     assert (name, options.ctx_size, options.gpu_layers) == (TINY, 2048, 4)
+
+
+def test_what_is_typed_at_first_sight_stands(new_tab, live_server):
+    page = new_tab(script=SLOW_FRAMES)
+    open_tab(page)
+    expect(memory(page)).to_contain_text("It fits")
+    two_frames(page)  # Gradio closes again what is opened before
+    page.locator("#tgw-tab-model button.label-wrap", has_text="fake: llama.cpp").click()
+    context(page).fill("512")
+    two_frames(page)
+    expect(context(page)).to_have_value("512")
+    assert page.evaluate("tgwModel.changed") == {"ctx_size": 512}
 
 
 def test_settings_are_kept_for_each_model(tab, live_server):

@@ -8,7 +8,7 @@ import yaml
 from modules.samplers import NEUTRAL
 from modules.templates import FALLBACK
 from tests.fakes import until
-from tests.ui.acting import ask, filled, parameters
+from tests.ui.acting import SLOW_FRAMES, ask, filled, parameters, two_frames
 
 pytestmark = pytest.mark.browser
 
@@ -149,6 +149,18 @@ def test_nothing_can_be_changed_before_the_server_has_answered(live_server, tab)
     expect(knob(tab, "temperature")).to_be_visible()
     expect(knob(tab, "min_p")).to_have_value("0.3")
     until(lambda: in_effect(tab)["min_p"] == 0.3)
+
+
+def test_what_is_typed_at_first_sight_stands(live_server, new_tab):
+    page = new_tab(script=SLOW_FRAMES)
+    page.get_by_role("tab", name="Parameters").click()
+    knob(page, "min_p").fill("0.3")
+    page.locator(".tgw-group > button.label-wrap", has_text="Tokens and constraints").click()
+    page.locator(".knob-grammar_string textarea").fill("root ::= [a-z]")
+    two_frames(page)
+    expect(knob(page, "min_p")).to_have_value("0.3")
+    expect(page.locator(".knob-grammar_string textarea")).to_have_value("root ::= [a-z]")
+    until(lambda: in_effect(page)["min_p"] == 0.3)
 
 
 def test_values_that_could_not_be_read_come_with_the_next_connection(tab):

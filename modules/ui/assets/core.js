@@ -214,8 +214,13 @@ export function write(element, text) { if (element.textContent !== text) element
 /** What a control of Gradio is told; what is not named stays. */
 export const update = (parts = {}) => ({ __type__: 'update', ...parts });
 
-/** Lets a control of Gradio show `value` and be seen; undefined: what it shows already. `span` is what controls.py says of it; `paint` a class that is new each time. */
-export function shownAs({ classes, range, files }, value, paint) {
+/**
+ * Lets a control of Gradio within `place` show `value` and be seen; undefined: what it shows already. `span` is what controls.py says of it;
+ * `paint` a class that is new each time. One that is not drawn is told nothing: it is painted once it is (whenDrawn).
+ */
+export function shownAs(place, { classes, range, files }, value, paint) {
+  const control = classes.map((name) => `.${CSS.escape(name)}`).join('');
+  if (!document.querySelector(`${place} ${control}:is([data-drawn], :not(.tgw-unpainted))`)) return update();
   const seen = { elem_classes: [...classes, paint] };
   if (value === undefined) return update(seen);
   if (range) return update({ ...seen, value, minimum: Math.min(value, range[0]), maximum: Math.max(value, range[1]) });  // it may have been set beyond
@@ -224,9 +229,23 @@ export function shownAs({ classes, range, files }, value, paint) {
   return update({ ...seen, value: text, ...(gone && { choices: [...files, [value, value]] }) });
 }
 
-/** Whether no control that is drawn waits for what it is told: the last class is `paint` + `count`. */
+/** Whether no control that has a place waits for what it is told: the last class is `paint` + `count`. */
 export function shownLast(paint, count) {
-  return count > 0 && !document.querySelector(`.tgw-unpainted, [class*="${paint}"]:not(.${paint}${count})`);
+  const waiting = document.querySelectorAll(`.tgw-unpainted, [class*="${paint}"]:not(.${paint}${count})`);
+  return count > 0 && ![...waiting].some((control) => control.checkVisibility());
+}
+
+/**
+ * Calls `repaint(control)` for the controls of Gradio that are drawn and not painted, now and from now on.
+ *
+ * In the frame after it has drawn the contents of a tab or an accordion Gradio writes into them once more what it drew: what had been typed by then
+ * would be lost. An animation without frames (style.css) tells that a control has a place; two frames later it has been written.
+ */
+export function whenDrawn(repaint) {
+  const written = (control) => { control.dataset.drawn = ''; repaint(control); };
+  const drawn = (control) => requestAnimationFrame(() => requestAnimationFrame(() => written(control)));
+  document.addEventListener('animationstart', ({ animationName, target }) => { if (animationName === 'tgw-drawn') drawn(target); });
+  document.querySelectorAll('.tgw-unpainted').forEach(drawn);
 }
 
 export function slug(loader) { return loader.toLowerCase().replace(/[^a-z0-9]+/g, '-'); }

@@ -2,7 +2,7 @@
 //
 // No work per streamed update depends on the number of messages: a block is found by its index, and the browser lays out one message.
 // Text goes in with textContent; innerHTML takes only blocks that the server has sanitised.
-import { TITLE, PHONE, ServerError, el, api, memory, toasts, floating, toast, attempt, root, speak, t } from './core.js';
+import { TITLE, PHONE, ServerError, el, api, memory, toasts, floating, toast, attempt, root, speak, t, whenDrawn } from './core.js';
 import { session } from './session.js';
 import { chat } from './chat.js';
 import { sidebar } from './sidebar.js';
@@ -137,6 +137,7 @@ document.body.classList.add('tgw-built');
 model.show(model.status);
 if (window.tgwControls) window.tgw.controls();
 for (const [kind, host] of window.tgwHosts || []) window.tgw.mount(kind, host);
+whenDrawn((control) => (control.closest('.tgw-loader') ? chosen : session).repaintSoon());
 sidebar.load();
 chat.open(shownInAddress()).then(() => rememberLanguage(session.values.language));
 link.connect();

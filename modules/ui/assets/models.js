@@ -1,5 +1,5 @@
 // The Model tab: the chosen model, its card, what it needs of memory, its options, and what the buttons do. Gradio's menus and buttons call window.tgwModel.
-import { ServerError, api, attempt, bytes, el, later, number, percent, shownAs, shownLast, t, toast, update, whileSeen } from './core.js';
+import { ServerError, api, attempt, bytes, el, later, number, percent, shownAs, shownLast, slug, t, toast, update, whileSeen } from './core.js';
 import { adapters } from './adapters.js';
 import { conversions } from './conversions.js';
 import { model } from './model.js';
@@ -88,13 +88,14 @@ export const chosen = {
     this.paints += 1;
     document.getElementById('tgw-model-repaint')?.click();
   },
+  repaintSoon: later(0, () => { if (chosen.found) chosen.repaint(); }),
   paints: 0,
   painted() { return shownLast('tgw-option-', this.paints); },
 
   /** What the controls show: of the menus of models, loaders and templates, and of each loader's options. */
   show(spans) {
     const options = Object.entries(spans).flatMap(([loader, of]) => Object.entries(of).map(([name, span]) => (
-      shownAs(span, loader === this.loader ? this.values[name] : undefined, `tgw-option-${this.paints}`))));
+      shownAs(`.loader-${slug(loader)}`, span, loader === this.loader ? this.values[name] : undefined, `tgw-option-${this.paints}`))));
     return [this.menu(), this.byHand, this.templateMenu(), ...options];
   },
 

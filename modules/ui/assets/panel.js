@@ -62,7 +62,10 @@ function within(name, value, low, high) {
 
 /** What the controls show from now on: the values in effect. `spans`: their names, in order, with what span() in controls.py says of them. */
 function show(spans) {
-  return Object.entries(spans).map(([name, span]) => shownAs(span, session.changing(name) ? undefined : session.values[name], `tgw-paint-${session.paints}`));
+  const told = Object.entries(spans).map(([name, span]) => (
+    shownAs('[id^=tgw-tab-]:not(#tgw-tab-model)', span, session.changing(name) ? undefined : session.values[name], `tgw-paint-${session.paints}`)));
+  session.all = false;
+  return told;
 }
 
 /** The files of characters and of users. Each function answers what their menu shows from now on. */

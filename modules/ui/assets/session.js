@@ -13,7 +13,7 @@ document.addEventListener('input', ({ target }) => {
 
 /** Changes are gathered for a moment and posted in order, to the conversation in which they were made; a turn waits for them. */
 export const session = {
-  id: null, revision: 0, values: {}, shown: null, posted: Promise.resolve(),
+  id: null, revision: 0, values: {}, shown: null, all: false, posted: Promise.resolve(),
   /** Changes not posted yet; those posted and not answered yet. */
   pending: {}, posting: {},
   /** When somebody changed a control, until Gradio tells it (`set`), a little later. */
@@ -71,10 +71,11 @@ export const session = {
   },
   /** Let the controls show what is in effect; with `all`, also those that somebody is changing at this moment. */
   repaint(all = false) {
-    this.all = all;
+    this.all ||= all;
     this.paints += 1;
     if (this.mounted) document.getElementById('tgw-repaint').click();
   },
+  repaintSoon: later(0, () => { if (session.shown !== null) session.repaint(); }),
   /** Gradio's controls are there. */
   ready() {
     this.mounted = true;
