@@ -41,8 +41,8 @@ def host(kind: str, inner: str = "", **properties: Any) -> gr.HTML:
 def span(control: Component) -> dict[str, Any]:
     """What the page's script must know to let `control` show a value (shownAs in core.js), and from now on it is not seen before it shows one.
 
-    Gradio draws a tab or an accordion when it is first opened, and writes a moment later what its controls were told before: whatever somebody
-    chose in that moment would be lost. The value and the class that lets the control be seen are written together.
+    Gradio draws a tab or an accordion when it is first opened, and writes into its controls a moment later what it drew: whatever somebody
+    chose in that moment would be lost. The value and the class that lets the control be seen are written after it (whenDrawn in core.js).
     """
     classes = list(control.elem_classes or ())
     control.elem_classes = [*classes, UNPAINTED]

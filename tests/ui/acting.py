@@ -2,7 +2,6 @@
 
 from playwright.sync_api import expect
 
-
 SLOW_FRAMES = "const soon = window.requestAnimationFrame; window.requestAnimationFrame = (draw) => setTimeout(() => soon(draw), 300);"
 """A script: what is done in the next frame is done 300 ms later, as on a machine with much to do."""
 
