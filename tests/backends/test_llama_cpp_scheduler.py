@@ -176,9 +176,9 @@ class Guesser:
 
 
 class World:
-    def __init__(self, cells=64, parallel=3, numbers=8, spill=10_000, windowed=False, guess=False, share=0.5, kept=512, **options) -> None:
+    def __init__(self, cells=64, parallel=3, numbers=8, spill=10_000, windowed=False, guess=False, share=0.5, **options) -> None:
         self.context = Context(cells, windowed)
-        self.cache = Cache(self.context, cells, numbers, spill, kept)
+        self.cache = Cache(self.context, cells, numbers, spill)
         speculator = Guesser() if guess else None
         self.scheduler = Scheduler(
             self.context, self.cache, parallel=parallel, cuts=not windowed, speculator=speculator, prefill_share=share, **options
@@ -247,7 +247,6 @@ worlds = st.fixed_dictionaries(
         "parallel": st.integers(1, 5),
         "numbers": st.integers(6, 12),
         "spill": st.sampled_from([0, 60, 10_000]),
-        "kept": st.sampled_from([0, 20, 512]),
         "windowed": st.booleans(),
         "guess": st.booleans(),
         "share": st.sampled_from([0.2, 0.6, 0.9]),
@@ -340,13 +339,13 @@ def test_evicted_chats_come_back_from_main_memory():
     world.check_end()
 
 
-def test_who_writes_has_few_cells_of_finished_chats_beside_him():
-    world = World(cells=400, parallel=1, numbers=8, kept=100)
+def test_who_writes_has_no_cells_of_finished_chats_beside_him():
+    world = World(cells=400, parallel=1, numbers=8)
     chats = [tuple((n * 13 + i) % VOCABULARY for i in range(80)) for n in range(3)]
     for chat in chats:
         world.arrive(chat, limit=1)
         world.run()
-    assert world.cache.spilled == 1 and world.cache.idle == 2  # the last one moved nobody when it ended
+    assert world.cache.spilled == 2 and world.cache.idle == 1  # the last one moved nobody when it ended
     back = world.arrive((*chats[0], 1), limit=1)
     world.run()
     assert back.job.reused == 80 and world.cache.hits_memory == 1
@@ -354,7 +353,7 @@ def test_who_writes_has_few_cells_of_finished_chats_beside_him():
 
 
 def test_nothing_is_dropped_from_main_memory_to_clear_the_way():
-    world = World(cells=400, parallel=1, numbers=8, spill=500, kept=0)
+    world = World(cells=400, parallel=1, numbers=8, spill=500)
     for n in range(4):
         world.arrive([(n * 13 + i) % VOCABULARY for i in range(80)], limit=1)
         world.run()
@@ -363,7 +362,7 @@ def test_nothing_is_dropped_from_main_memory_to_clear_the_way():
 
 
 def test_a_first_chat_too_large_for_main_memory_stays_in_cells():
-    world = World(cells=400, parallel=1, numbers=8, spill=60, kept=0)
+    world = World(cells=400, parallel=1, numbers=8, spill=60)
     for n in range(2):
         world.arrive([(n * 13 + i) % VOCABULARY for i in range(80)], limit=1)
         world.run()
