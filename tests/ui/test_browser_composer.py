@@ -5,7 +5,7 @@ import re
 import pytest
 
 from modules.backends.base import Chunk
-from modules.errors import DataError
+from modules.errors import DataError, ModelError
 from modules.store import Store
 from tests.fakes import until
 from tests.ui.acting import ask, box, finished, send
@@ -515,6 +515,54 @@ def test_the_model_is_changed_in_the_bar(live_server, new_tab):
     live_server.engine.go.set()
     expect(name).to_have_text("other.fake")
     expect(name.locator("progress")).to_be_hidden()
+
+
+@pytest.fixture
+def loading(live_server, new_tab):
+    """A tab in whose box stands a message that was sent while a model is being loaded."""
+    tab = new_tab()
+    live_server.engine.go.clear()
+    live_server.app.models.start_loading(live_server.app.models.choose("other.fake"))
+    expect(tab.locator(".tgw-chip")).to_have_attribute("data-state", "loading")
+    send(tab, "Soon")
+    expect(tab.locator(".tgw-needs")).to_contain_text("Your message is sent when it is ready.")
+    expect(box(tab)).to_have_value("Soon")
+    yield tab
+    live_server.engine.go.set()
+
+
+def test_a_message_sent_while_a_model_loads_waits_for_it(live_server, loading):
+    box(loading).press_sequentially(", or later")
+    live_server.engine.go.set()
+    expect(said(loading)).to_have_count(2)
+    expect(said(loading).first).to_have_text("Soon, or later")
+    finished(loading)
+    expect(box(loading)).to_have_value("")
+    assert live_server.asked == 1 and live_server.app.models.status().name == "other.fake"
+
+
+@pytest.mark.parametrize("how", ["key", "button"])
+def test_a_message_that_waits_for_a_model_can_be_held_back(live_server, loading, how):
+    if how == "key":
+        loading.keyboard.press("Escape")
+    else:
+        loading.get_by_role("button", name="Stop").click()
+    expect(loading.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    expect(loading.locator(".tgw-needs")).not_to_contain_text("Your message")
+    live_server.engine.go.set()
+    expect(loading.locator(".tgw-chip")).to_have_attribute("data-state", "ready")
+    expect(box(loading)).to_have_value("Soon")
+    assert live_server.asked == 0
+
+
+def test_a_message_stays_in_the_box_when_the_model_cannot_be_loaded(live_server, loading):
+    for name in ("model.fake", "other.fake"):
+        live_server.engine.errors[name] = ModelError("The file is cut off.")
+    live_server.engine.go.set()
+    expect(loading.locator(".tgw-chip")).to_have_attribute("data-state", "failed")
+    expect(loading.get_by_role("button", name="Send", exact=True)).to_be_enabled()
+    expect(box(loading)).to_have_value("Soon")
+    assert live_server.asked == 0
 
 
 # --- told while nobody looks ----------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ function table() {
     { keys: 'Ctrl+ArrowUp', where: 'box', label: t('Edit your last message'), when: () => idle() && chat.lastOf('user'), run: () => chat.lastOf('user').edit() },
     // --- replies
     { keys: 'Escape', where: 'anywhere', when: () => PHONE.matches && !root.classList.contains('closed'), run: () => sidebar.toggle(false) },
-    { keys: 'Escape', where: 'anywhere', label: t('Stop'), when: () => composer.writing, run: () => composer.stop() },
+    { keys: 'Escape', where: 'anywhere', label: t('Stop'), when: () => composer.writing || composer.waiting, run: () => composer.stop() },
     { keys: 'Ctrl+Enter', where: 'chat', name: 'regenerate', menu: true, icon: 'redo', label: t('Regenerate'), when: written, run: () => chat.regenerate(reply()) },
     { keys: 'Alt+Enter', where: 'chat', name: 'continue', menu: true, icon: 'on', label: t('Continue'), when: written, run: () => chat.continue(reply()) },
     { keys: 'Ctrl+Shift+Backspace', where: 'chat', name: 'remove', menu: true, icon: 'bin', label: t('Remove last'), when: () => idle() && chat.last(), run: () => chat.removeLast() },

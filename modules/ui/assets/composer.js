@@ -10,19 +10,22 @@ import { queue } from './queue.js';
 import { slash } from './slash.js';
 import { actions } from './commands.js';
 import { help } from './help.js';
+import { model } from './model.js';
 
 export { ahead };
 
 export const composer = {
   /** While the model writes in the box: {id of that reply, number of its last event, text}. */
   impersonating: null,
+  /** What goes with the message that is sent when the model has been loaded; it stays in the box until then. */
+  waiting: null,
 
   build() {
     this.box = el('textarea', { rows: 1, placeholder: t('Write a message'), 'aria-label': t('Message'), dir: 'auto', enterKeyHint: 'send' });
     this.send = el('button.tgw-send', { type: 'submit' });
     this.more = button('bars', t('More to do'), () => menu(this.more, actions()), 'button.tgw-icon.tgw-more');
     this.later = button('clock', t('Send after this reply (Enter)'), () => this.submit(), 'button.tgw-icon.tgw-later');
-    this.form = el('form.tgw-composer', { onsubmit: (e) => { e.preventDefault(); if (this.writing) this.stop(); else this.submit(); } },
+    this.form = el('form.tgw-composer', { onsubmit: (e) => { e.preventDefault(); if (this.writing || this.waiting) this.stop(); else this.submit(); } },
       this.more, this.box, this.later, this.send);
     this.keep = later(250, () => this.keepNow());
     this.box.oninput = () => this.typed();
@@ -75,7 +78,7 @@ export const composer = {
   },
 
   turnTo(key) {
-    if (this.impersonating) this.stop();
+    if (this.impersonating || this.waiting) this.stop();
     this.keepNow();
     slash.close();
     past.leave();
@@ -129,16 +132,17 @@ export const composer = {
   get writing() { return Boolean(chat.running || this.impersonating); },
 
   refresh() {
-    const mode = this.writing ? 'stop' : 'send';
+    const stops = this.writing || this.waiting;
+    const mode = stops ? 'stop' : 'send';
     if (this.send.dataset.mode !== mode) {
       this.send.dataset.mode = mode;
-      this.send.title = this.writing ? t('Stop (Esc)') : t('Send (Enter)');
-      this.send.setAttribute('aria-label', this.writing ? t('Stop') : t('Send'));
+      this.send.title = stops ? t('Stop (Esc)') : t('Send (Enter)');
+      this.send.setAttribute('aria-label', stops ? t('Stop') : t('Send'));
       this.send.replaceChildren(icon(mode));
     }
     const something = /\S/.test(this.box.value);
     this.form.setAttribute('aria-busy', String(Boolean(chat.busy)));
-    this.send.disabled = !this.writing && (chat.busy || !(something || queue.here.length));
+    this.send.disabled = !stops && (chat.busy || !(something || queue.here.length));
     this.later.hidden = !chat.running || !something;
     this.form.classList.toggle('impersonating', Boolean(this.impersonating));
     queue.refresh();
@@ -158,6 +162,7 @@ export const composer = {
       return;
     }
     if (chat.running) { if (queue.add(text)) this.put(''); return; }
+    if (model.status.state === 'loading') { this.wait(extra); return; }
     const key = this.key;
     if (!await this.post(text, extra)) return;
     drafts.keep(key, '');
@@ -167,6 +172,21 @@ export const composer = {
     }
     this.size();
     this.refresh();
+  },
+
+  wait(extra) {
+    this.waiting = extra;
+    this.refresh();
+    model.tell();
+  },
+
+  /** The model is there, or will not come: send what waited for it, or let it stay in the box. */
+  modelChanged() {
+    if (!this.waiting || model.status.state === 'loading') return;
+    const extra = this.waiting;
+    this.waiting = null;
+    this.refresh();
+    if (model.status.state === 'ready') this.submit(extra);
   },
 
   /** Whether the server took the message. */
@@ -188,8 +208,14 @@ export const composer = {
     this.changed();
   },
 
-  /** End what is being written: the user's next message, or the reply. */
+  /** End what is being written: the user's next message, or the reply; or do not send what waits for the model. */
   stop() {
+    if (this.waiting) {
+      this.waiting = null;
+      this.refresh();
+      model.tell();
+      return;
+    }
     if (!this.impersonating) { chat.stop(); return; }
     const { id } = this.impersonating;
     this.impersonating = null;

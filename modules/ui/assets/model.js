@@ -2,7 +2,7 @@
 import { TOUCH, number, el, api, bytes, write, slug, t, toast } from './core.js';
 import { chat } from './chat.js';
 import { head } from './head.js';
-import { live } from './composer.js';
+import { composer, live } from './composer.js';
 import { chosen } from './models.js';
 import { session } from './session.js';
 
@@ -51,12 +51,13 @@ export const model = {
     if (this.status.state === 'loading' && status.state === 'ready' && status.name !== this.status.name) toast(status.text);  // why it is not the one asked for
     this.status = status;
     const name = status.name?.split('/').at(-1).replace(/\.gguf$/i, '') || '';
-    const percent = `${Math.round((status.progress || 0) * 100)} %`;
+    const percent = percentage(status);
     const words = { none: t('No model'), loading: t('Loading {name} {percent}', { name, percent }), ready: name, failed: t('Model failed to load') }[status.state];
     this.chip.dataset.state = status.state;
     this.chip.lastChild.textContent = words;
     this.chip.title = status.text || words;
-    this.tell(status, percent);
+    this.tell();
+    composer.modelChanged();
     head.paint();
     this.paint();
     this.rules();
@@ -65,10 +66,13 @@ export const model = {
   },
 
   /** Under the composer and in the empty conversation: what is missing before one can talk. */
-  tell(status, percent) {
+  tell() {
+    const { status } = this;
+    const percent = percentage(status);
     const choose = openTab.exists('model') ? el('button', { type: 'button', textContent: t('Choose one on the Model tab'), onclick: () => openTab('model') }) : null;
     const text = { none: t('No model is loaded.'), failed: t('The model could not be loaded.'), loading: t('Loading the model… {percent}', { percent }) }[status.state];
-    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), `${text} `, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
+    const sent = composer.waiting ? t('Your message is sent when it is ready.') : '';
+    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), `${text} ${sent}`, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
     const keys = TOUCH.matches ? '' : ` ${t('Enter sends, Shift+Enter begins a new line.')}`;
     const hint = status.state === 'ready' ? t('Your messages stay on this machine.') + keys : text;
     chat.welcome.querySelector('p').textContent = hint || '';
@@ -148,6 +152,8 @@ function unused(mode, thinking = []) {
     ...['enable_thinking', 'reasoning_effort', 'preserve_thinking'].filter((name) => !asked.includes(name)).map((name) => `.knob-${name}`),
   ];
 }
+
+function percentage(status) { return `${Math.round((status.progress || 0) * 100)} %`; }
 
 function kept(engine) {
   const [count, spilled, size] = [number.format(engine.kept), number.format(engine.spilled), bytes(engine.spilled_bytes)];
