@@ -192,7 +192,7 @@ def summarise(app: App, who: Identity, conversation: str, text: str) -> None:
     store = app.store_of(conversation)
     known = store.summary(who.owner, conversation)
     if known:
-        store.set_summary(who.owner, conversation, {**known, "text": text.strip()} if text.strip() else None)
+        store.set_summary(who.owner, conversation, replace(known, text=text.strip()) if text.strip() else None)
         _changed(app, who, conversation)
 
 

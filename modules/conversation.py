@@ -45,6 +45,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What stands for the oldest messages: all up to the one with the id `after`, which are not sent."""
+
+    text: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Conversation:
     """`messages` by id and the `tip`, the message at the end of the branch shown. `tip` is None when empty."""
 
@@ -60,6 +68,7 @@ class Conversation:
     tags: tuple[str, ...] = ()
     pinned: bool = False
     """Stands at the top of the list."""
+    summary: Summary | None = None
 
     def add(self, role: Role, text: str, parent: str | None = None, **fields: Any) -> tuple[Conversation, Message]:
         """The conversation with a new message under `parent` (default: the tip), which becomes the tip; and the message."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from modules.conversation import Message
+from modules.conversation import Message, Summary
 from modules.errors import PromptTooLong
 from modules.settings import ChatOptions
 from modules.templates import ChatTemplate, Encode, Fitted, PromptMessage, fit, leave_out, opens_thinking, stop_strings
@@ -51,14 +51,6 @@ What is known about {{ name1 }}:
 
 _NAME_LENGTH = 100
 _JOINERS = "\u200c\u200d"  # not printable by themselves, but part of names in some scripts and of emoji
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What stands for the oldest messages: all up to the one with the id `after`, which are not sent."""
-
-    text: str
-    after: str
 
 
 def printable_name(name: str, default: str) -> str:

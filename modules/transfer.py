@@ -22,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 from markdown_it import MarkdownIt
 
-from modules.conversation import Conversation, Message, Role, State, new_id
+from modules.conversation import Conversation, Message, Role, State, Summary, new_id
 from modules.errors import DataError, NameError_
 from modules.paths import safe_name
 from modules.replies import Stats
@@ -60,6 +60,7 @@ class _Tree:
         self.folder = ""
         self.tags: tuple[str, ...] = ()
         self.pinned = False
+        self.summary: Summary | None = None
 
     def add(self, parent: str | None, message: Message) -> str:
         if len(self.messages) >= MAX_MESSAGES:
@@ -79,7 +80,8 @@ class _Tree:
         if title is None:
             words = [m.text for m in self.messages.values() if m.role == "user"] or [m.text for m in self.messages.values()]
             title = title_from(": ".join(filter(None, (self.speaker, *words[:1])))) or name
-        return Conversation(new_id(), owner, clean_title(title), self.messages, self.tip, self.settings, self.folder, self.tags, self.pinned)
+        arranged = self.settings, self.folder, self.tags, self.pinned, self.summary
+        return Conversation(new_id(), owner, clean_title(title), self.messages, self.tip, *arranged)
 
 
 def read(data: bytes, name: str, owner: str) -> list[Conversation]:
@@ -105,14 +107,18 @@ def read(data: bytes, name: str, owner: str) -> list[Conversation]:
 
 
 def to_json(conversations: Iterable[Conversation]) -> str:
-    """Everything about the conversations except their owners, for `read`. What JSON cannot hold in details is kept as its text, NaN as null."""
+    """Everything about the conversations except their owners and what explains their replies, for `read`.
+
+    What JSON cannot hold in details is kept as its text, NaN as null.
+    """
     whole = [_entry(conversation) for conversation in conversations]
     return clean(json.dumps({"format": FORMAT, "version": VERSION, "conversations": whole}, ensure_ascii=False))
 
 
 def _entry(conversation: Conversation) -> dict[str, Any]:
     c = conversation
-    arranged = {"folder": c.folder, "tags": list(c.tags), "pinned": c.pinned, "settings": _plain(c.settings)}
+    summary = vars(c.summary) if c.summary else None
+    arranged = {"folder": c.folder, "tags": list(c.tags), "pinned": c.pinned, "settings": _plain(c.settings), "summary": summary}
     messages = [{**vars(m), "details": _plain(m.details)} for m in c.messages.values()]
     return {"title": c.title, **{name: value for name, value in arranged.items() if value}, "tip": c.tip, "messages": messages}
 
@@ -208,6 +214,9 @@ def _own(document: dict[str, Any]) -> Iterator[_Tree]:
             raise _Fault(f"{where}: its tip is none of its messages")
         tree.tip = new[tip]
         tree.settings = _plain(_bounded(_maybe(dict, entry.get("settings")), f"{where}: its settings"))
+        summary = _maybe(dict, entry.get("summary"))
+        text, after = clean(_maybe(str, summary.get("text"))), new.get(_maybe(str, summary.get("after")))
+        tree.summary = Summary(text, after) if text and after else None
         tree.folder, tree.pinned = clean_name(_maybe(str, entry.get("folder"))), entry.get("pinned") is True
         names = {clean_name(name) for name in _maybe(list, entry.get("tags"))[:MAX_TAGS] if isinstance(name, str)}
         tree.tags = tuple(sorted(names - {""}))

@@ -16,11 +16,11 @@ from modules import explain
 from modules.app import App
 from modules.auth import Identity
 from modules.backends.base import Backend, CancelToken, Chunk, GenerationRequest, adapters_of
-from modules.conversation import Conversation, Message
+from modules.conversation import Conversation, Message, Summary
 from modules.errors import UserError
 from modules.explain import Recorder, Token
 from modules.log import logger
-from modules.prompting import Prompting, Speaker, Summary, summary_messages
+from modules.prompting import Prompting, Speaker, summary_messages
 from modules.replies import Piece, Reply
 from modules.sessions import Session
 from modules.store import Store
@@ -71,8 +71,8 @@ def source_of(app: App, who: Identity, conversation: str | None) -> Source:
     store = app.store_of(conversation)
     if not conversation:
         return Source(who, store, "", own)
-    kept, told = store.settings(who.owner, conversation), store.summary(who.owner, conversation)
-    return Source(who, store, conversation, own.of(kept), Summary(told["text"], told["after"]) if told else None)
+    kept = store.settings(who.owner, conversation)
+    return Source(who, store, conversation, own.of(kept), store.summary(who.owner, conversation))
 
 
 def backend_of(app: App, source: Source) -> Backend:
@@ -246,7 +246,7 @@ def _summarised(app: App, plan: Plan, conversation: str) -> Generator[Piece, Non
         yield Piece(warning=f"The model gave no summary: the oldest {plan.dropped} messages were left out.")
         return replace(plan, outgrown=False)
     summary = Summary(text.strip(), left_out[-1].id)
-    source.store.set_summary(source.who.owner, conversation, {"text": summary.text, "after": summary.after})
+    source.store.set_summary(source.who.owner, conversation, summary)
     app.replies.tell(source.who.owner, "changed", {"conversation": conversation})
     ready = prepare(app, backend, replace(source, summary=summary), plan.path, plan.open_end)
     return replace(ready, request=replace(ready.request, seed=plan.request.seed, cancel=cancel, adapters=plan.request.adapters), outgrown=False)

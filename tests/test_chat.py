@@ -963,7 +963,7 @@ def test_the_oldest_messages_can_be_summarised(app, backend):
         if app.store.summary("anna", conversation.id):
             break
     summary = app.store.summary("anna", conversation.id)
-    assert summary["text"] == "A short tale" and summary["after"] in conversation.messages
+    assert summary.text == "A short tale" and summary.after in conversation.messages
     assert any("number 0" in prompt(backend, n) and "Write a summary" in prompt(backend, n) for n in range(asked, len(backend.requests)))
     assert "A short tale" in prompt(backend) and "first x" not in prompt(backend)
     archive.summarise(app, ANNA, conversation.id, "Mine")

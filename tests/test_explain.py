@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from modules import explain
 from modules.backends.base import Adapter, CancelToken, Chunk, GenerationRequest, TokenLogprob
 from modules.backends.echo import EchoBackend, words
-from modules.conversation import Conversation, Message
+from modules.conversation import Conversation, Message, Summary
 from modules.errors import DataError, ModelError, NotFound, PromptError, SettingsError
 from modules.explain import Recorder, Token, before, differences, prompt_parts, prompt_text, request_again, resumed, token_texts, unpack
-from modules.prompting import Prompting, Summary
+from modules.prompting import Prompting
 from modules.samplers import SamplingParams
 from modules.settings import ChatOptions
 from modules.store import Store

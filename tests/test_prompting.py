@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.conversation import Message
+from modules.conversation import Message, Summary
 from modules.errors import PromptTooLong
-from modules.prompting import Prompting, Summary, printable_name, substituted, summary_messages
+from modules.prompting import Prompting, printable_name, substituted, summary_messages
 from modules.settings import ChatOptions
 from modules.streams import ReplyStream
 from modules.templates import FALLBACK, ChatTemplate

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modules import store as store_module
-from modules.conversation import Conversation, Message, new_id
+from modules.conversation import Conversation, Message, Summary, new_id
 from modules.errors import Busy, DataError, NotFound, UserError
 from modules.store import MAX_SESSIONS, MAX_TITLE, MIGRATIONS, Store, clean_title, database, lists, title_from
 from modules.store.words import match_expression
@@ -510,7 +510,7 @@ def test_another_owners_conversation_is_as_if_absent(store: Store):
             lambda owner=owner, id=id: store.settings(owner, id),
             lambda owner=owner, id=id: store.set_settings(owner, id, {"a": 1}),
             lambda owner=owner, id=id: store.summary(owner, id),
-            lambda owner=owner, id=id: store.set_summary(owner, id, {"a": 1}),
+            lambda owner=owner, id=id: store.set_summary(owner, id, Summary("s", "m")),
             lambda owner=owner, id=id: store.draft(owner, id),
             lambda owner=owner, id=id: store.save_draft(owner, id, "x"),
             lambda owner=owner, id=id: store.explanations(owner, id, [tip]),

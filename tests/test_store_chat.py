@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modules import store as store_module
-from modules.conversation import Conversation, Message, new_id
+from modules.conversation import Conversation, Message, Summary, new_id
 from modules.errors import DataError, NameError_, NotFound, PromptTooLong
 from modules.store import INCOGNITO, MAX_NAME, MAX_TAGS, Store, Trashed, trash
 from tests.test_store import ANNA, BERT, found, ids, path, say, store
@@ -163,8 +163,8 @@ def test_settings_and_summaries(store: Store, path: Path):
     store.set_settings(ANNA, own.id, {"name1": "Ä\ud800", "stop": ("a", "b")})
     assert store.settings(ANNA, own.id) == {"name1": "Ä\ufffd", "stop": ["a", "b"]}
     assert store.summary(ANNA, own.id) is None
-    store.set_summary(ANNA, own.id, {"text": "They met.", "after": "m"})
-    assert store.summary(ANNA, own.id) == {"text": "They met.", "after": "m"}
+    store.set_summary(ANNA, own.id, Summary("They met.", "m"))
+    assert store.summary(ANNA, own.id) == Summary("They met.", "m")
     assert store.summary(ANNA, plain.id) is None
     assert ids(store.conversations(ANNA)) == [own.id, plain.id]
     store.set_summary(ANNA, own.id, None)
@@ -228,6 +228,15 @@ def test_a_branch_becomes_a_conversation(store: Store):
     assert store.copy_branch(ANNA, copy.id, one.id).title == "Talk (branch)"
     with pytest.raises(NotFound):
         store.copy_branch(ANNA, conversation.id, one.id)
+
+
+def test_a_summary_goes_with_the_branch_that_it_tells_of(store: Store):
+    conversation = say(store, "q", "a", "q2")
+    root, reply, _ = conversation.path()
+    store.set_summary(ANNA, conversation.id, Summary("They met.", reply.id))
+    copy = store.copy_branch(ANNA, conversation.id, reply.id)
+    assert store.summary(ANNA, copy.id) == copy.summary == Summary("They met.", copy.tip)
+    assert store.copy_branch(ANNA, conversation.id, root.id).summary is None
 
 
 def test_a_copy_of_what_is_being_written_is_interrupted(store: Store):
@@ -327,7 +336,7 @@ def test_a_conversation_comes_back_as_it_was(store: Store):
     conversation, names = family(store)
     store.arrange(ANNA, [conversation.id], folder="f", add_tags=["t", "u"])
     store.set_settings(ANNA, conversation.id, {"mode": "chat"})
-    store.set_summary(ANNA, conversation.id, {"text": "s", "after": "m"})
+    store.set_summary(ANNA, conversation.id, Summary("s", "m"))
     store.save_draft(ANNA, conversation.id, "not sent yet")
     newer = say(store, "newer").id
     before, info = store.conversation(ANNA, conversation.id), store.info(ANNA, conversation.id)
@@ -347,7 +356,7 @@ def test_a_conversation_comes_back_as_it_was(store: Store):
     assert store.info(ANNA, conversation.id) == info
     assert ids(store.conversations(ANNA)) == [newer, conversation.id, older]
     assert (store.draft(ANNA, conversation.id), store.settings(ANNA, conversation.id)) == ("not sent yet", {"mode": "chat"})
-    assert store.summary(ANNA, conversation.id) == {"text": "s", "after": "m"}
+    assert store.summary(ANNA, conversation.id) == Summary("s", "m")
     assert len(store.explanations(ANNA, conversation.id, names.values())) == len(names)
     assert found(store, "family") == found(store, "b1") == {conversation.id}
     store.rename(ANNA, conversation.id, "Other")

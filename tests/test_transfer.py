@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from modules import transfer
-from modules.conversation import Conversation, Message, new_id
+from modules.conversation import Conversation, Message, Summary, new_id
 from modules.errors import DataError
 from modules.paths import safe_name
 from modules.replies import Stats
@@ -164,23 +164,36 @@ def test_the_export_is_the_documented_format():
 def test_folder_tags_pins_and_settings_travel_too():
     pinned = Message("m", None, "user", "text", details={"pinned": True})
     settings_ = {"mode": "chat", "stopping_strings": ["a"], "temperature": 0.5}
-    whole = Conversation("c", "bert", "t", {"m": pinned}, "m", settings_, "My folder", ("a", "ü"), True)
+    whole = Conversation("c", "bert", "t", {"m": pinned}, "m", settings_, "My folder", ("a", "ü"), True, Summary("They met.", "m"))
     plain = Conversation("d", "bert", "plain")
     found, other = read(to_json([whole, plain]).encode(), "x", ANNA)
     assert (found.folder, found.tags, found.pinned, found.settings) == ("My folder", ("a", "ü"), True, settings_)
     assert next(iter(found.messages.values())).details == {"pinned": True}
+    assert found.summary == Summary("They met.", found.tip)
     assert (other.folder, other.tags, other.pinned, other.settings) == ("", (), False, {})
     assert json.loads(to_json([plain]))["conversations"] == [{"title": "plain", "tip": None, "messages": []}]
 
 
 @pytest.mark.parametrize("odd_value", [None, 5, "x", [1], {"a": 1}, float("inf"), "\ud800", ["a", 5, None, "", " a\n", "x" * 999]])
 def test_odd_arrangements_in_a_file_are_left_out(odd_value):
-    entry = {"title": "t", "tip": None, "messages": [], **dict.fromkeys(("folder", "tags", "pinned", "settings"), odd_value)}
+    entry = {"title": "t", "tip": None, "messages": [], **dict.fromkeys(("folder", "tags", "pinned", "settings", "summary"), odd_value)}
     (found,) = take({"format": FORMAT, "version": 1, "conversations": [entry]})
     assert found.folder == ({"x": "x", "\ud800": "\ufffd"}.get(odd_value, "") if isinstance(odd_value, str) else "")
     assert found.tags == (("a", "x" * MAX_NAME) if odd_value == ["a", 5, None, "", " a\n", "x" * 999] else ())
     assert found.pinned is False
     assert found.settings == ({"a": 1} if isinstance(odd_value, dict) else {})
+    assert found.summary is None
+
+
+@pytest.mark.parametrize(
+    "summary", [{"text": "They met.", "after": "elsewhere"}, {"text": "", "after": "m"}, {"text": 5, "after": "m"}, {"text": "They met."}]
+)
+def test_a_summary_of_nothing_in_a_file_is_left_out(summary):
+    conversation = Conversation("c", ANNA, "t", {"m": Message("m", None, "user", "text")}, "m")
+    document = json.loads(to_json([conversation]))
+    document["conversations"][0]["summary"] = summary
+    (found,) = take(document)
+    assert found.summary is None
 
 
 def test_many_tags_and_deep_settings_in_a_file():

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from modules.conversation import Conversation, Message
+from modules.conversation import Conversation, Message, Summary
 from modules.errors import NotFound
 from modules.store import Store, title_from
 from modules.transfer import read, to_json
@@ -34,7 +34,6 @@ class Beside:
     """What the store keeps of a conversation besides its value."""
 
     draft: str = ""
-    summary: dict | None = None
     explained: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
 
@@ -191,6 +190,8 @@ class TreeMachine(RuleBasedStateMachine):
         assert (copy.settings, copy.folder, copy.tags, copy.pinned) == (conversation.settings, conversation.folder, conversation.tags, False)
         known = self.beside[conversation.id].explained
         names = {a.id: b.id for a, b in zip(old, new, strict=True)}
+        told = conversation.summary if conversation.summary and conversation.summary.after in names else None
+        assert copy.summary == (replace(told, after=names[told.after]) if told else None)
         explained = {names[id]: kept for id, kept in known.items() if id in names}
         self.beside[copy.id] = Beside(explained=explained)
         self._keep(copy)
@@ -297,16 +298,17 @@ class TreeMachine(RuleBasedStateMachine):
         self._change(conversation, replace(message, details={**details, **({"pinned": True} if pinned else {})}))
 
     @some_chat
-    @rule(pick=picks, text=texts, summary=st.none() | st.fixed_dictionaries({"text": texts, "after": st.just("m")}))
-    def keep_beside(self, pick: int, text: str, summary) -> None:
+    @rule(pick=picks, text=texts, after=st.none() | picks)
+    def keep_beside(self, pick: int, text: str, after: int | None) -> None:
         conversation = self._chat(pick)
+        summary = Summary(text, [*conversation.messages, "gone"][after % (len(conversation.messages) + 1)]) if after is not None else None
         self.store.save_draft(ANNA, conversation.id, text)
         self.store.save_draft(ANNA, None, text * 2)
         self.store.set_settings(ANNA, conversation.id, {"name1": text})
         self.store.set_summary(ANNA, conversation.id, summary)
         self.new_draft = text * 2
-        self.beside[conversation.id].draft, self.beside[conversation.id].summary = text, summary
-        self._keep(replace(conversation, settings={"name1": text}))
+        self.beside[conversation.id].draft = text
+        self._keep(replace(conversation, settings={"name1": text}, summary=summary))
 
     @some_message
     @rule(pick=picks, which=picks, tokens=st.binary(max_size=8))
@@ -387,7 +389,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert info.running == any(m.state == "running" for m in chat.messages.values())
         assert self.store.settings(ANNA, id) == chat.settings
         assert self.store.draft(ANNA, id) == beside.draft
-        assert self.store.summary(ANNA, id) == beside.summary
+        assert self.store.summary(ANNA, id) == chat.summary
         assert self.store.explanations(ANNA, id, chat.messages) == beside.explained
 
     def found(self, token: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modules.conversation import Conversation, Message, new_id
+from modules.conversation import Conversation, Message, Summary, new_id
 from modules.errors import NameError_, NotFound, PromptTooLong, UserError
 from modules.store import lists, responses, rows, trash
 from modules.store.database import Connection, Database
@@ -186,14 +186,16 @@ class Store(Database):
         return tip
 
     def copy_branch(self, owner: str, id: str, message_id: str) -> Conversation:
-        """A new conversation with the messages from the root to `message_id`, with what explains them, and the settings, folder and tags."""
+        """A new conversation with the messages from the root to `message_id`, with what explains them, and the settings, folder, tags and summary."""
         with self._writing() as db:
             old = rows.conversation_of(db, owned(db, owner, id), owner)
             path = old.path(old[message_id].id)
             new = {message.id: new_id() for message in path}
             messages = {new[message.id]: _copied(message, new) for message in path}
             title = re.sub(r" \(branch\)$", "", old.title)[: MAX_TITLE - 9] + " (branch)"
-            copy = replace(old, id=self._new_id(), title=title, messages=messages, tip=new[message_id], pinned=False)
+            told = old.summary and new.get(old.summary.after)  # else it tells of another branch
+            summary = replace(old.summary, after=told) if old.summary and told else None
+            copy = replace(old, id=self._new_id(), title=title, messages=messages, tip=new[message_id], pinned=False, summary=summary)
             number = rows.insert_conversation(db, rows.owner_number(db, owner), copy, time.time(), time.time(), rows.newest_turn(db))
             rows.insert_messages(db, number, tuple(messages.values()))
             for message, (prompt, tokens) in _explanations(db, new).items():
@@ -248,17 +250,16 @@ class Store(Database):
             number = owned(db, owner, id)["number"]
             db.execute("UPDATE conversations SET settings = ? WHERE number = ?", (rows.to_json(values), number))
 
-    def summary(self, owner: str, id: str) -> dict[str, Any] | None:
+    def summary(self, owner: str, id: str) -> Summary | None:
         """What `set_summary` kept for a conversation, or None."""
         with self._reading() as db:
-            kept = owned(db, owner, id)["summary"]
-        return json.loads(kept) if kept else None
+            return rows.summary_of(owned(db, owner, id))
 
-    def set_summary(self, owner: str, id: str, values: Mapping[str, Any] | None) -> None:
-        """Keep JSON `values` about what the model is told of dropped messages; None forgets it."""
+    def set_summary(self, owner: str, id: str, summary: Summary | None) -> None:
+        """Keep what the model is told of dropped messages; None forgets it."""
         with self._writing() as db:
             number = owned(db, owner, id)["number"]
-            db.execute("UPDATE conversations SET summary = ? WHERE number = ?", (rows.to_json(values) if values is not None else "", number))
+            db.execute("UPDATE conversations SET summary = ? WHERE number = ?", (rows.summary_json(summary), number))
 
     # Deleting, and taking that back
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modules.conversation import Conversation, Message
+from modules.conversation import Conversation, Message, Summary
 from modules.errors import NotFound
 from modules.store.database import Connection
 from modules.store.words import clean, clean_name, clean_title, title_from
@@ -69,7 +69,18 @@ def conversation_of(db: Connection, head: sqlite3.Row, owner: str) -> Conversati
     rows = db.execute("SELECT * FROM messages WHERE conversation = ? ORDER BY number", (head["number"],))
     messages = {row["id"]: message_of(row) for row in rows}
     settings, tags = json.loads(head["settings"]), tags_of(db, head["number"])
-    return Conversation(head["id"], owner, head["title"], messages, head["tip"], settings, head["folder"], tags, bool(head["pinned"]))
+    pinned, summary = bool(head["pinned"]), summary_of(head)
+    return Conversation(head["id"], owner, head["title"], messages, head["tip"], settings, head["folder"], tags, pinned, summary)
+
+
+def summary_of(head: sqlite3.Row) -> Summary | None:
+    """The summary in a conversation's row."""
+    return Summary(**json.loads(head["summary"])) if head["summary"] else None
+
+
+def summary_json(summary: Summary | None) -> str:
+    """A summary as it stands in a conversation's row."""
+    return to_json(vars(summary)) if summary else ""
 
 
 # Finding
@@ -160,10 +171,11 @@ def place_in_time(db: Connection, owner: int, changed: float) -> int:
 
 def insert_conversation(db: Connection, owner: int, conversation: Conversation, created: float, changed: float, turn: int) -> int:
     """Store a conversation without its messages, and return its number."""
-    sql = """INSERT INTO conversations (id, owner, title, tip, changed, turn, created, folder, pinned, settings)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-    title, folder, settings = clean_title(conversation.title), clean_name(conversation.folder), to_json(conversation.settings)
-    values = (conversation.id, owner, title, conversation.tip, changed, turn, created, folder, conversation.pinned, settings)
+    sql = """INSERT INTO conversations (id, owner, title, tip, changed, turn, created, folder, pinned, settings, summary)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    title, folder = clean_title(conversation.title), clean_name(conversation.folder)
+    own = (folder, conversation.pinned, to_json(conversation.settings), summary_json(conversation.summary))
+    values = (conversation.id, owner, title, conversation.tip, changed, turn, created, *own)
     number = inserted(db.execute(sql, values))
     insert_tags(db, number, sorted(set(conversation.tags))[:MAX_TAGS])
     index_title(db, number)

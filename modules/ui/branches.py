@@ -38,7 +38,7 @@ def branch_view(app: App, who: Identity, id: str, before: str | None = None) -> 
         "revision": source.session.revision,
         "values": source.session.values(),
         "draft": store.draft(who.owner, id),
-        "summary": {"text": source.summary.text, "after": source.summary.after} if source.summary else None,
+        "summary": vars(source.summary) if source.summary else None,
         "folder": info.folder,
         "pinned": info.pinned,
         "tags": list(info.tags),

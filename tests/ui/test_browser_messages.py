@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 
 from modules.backends.base import Chunk, Timings, TokenLogprob
-from modules.conversation import Conversation, new_id
+from modules.conversation import Conversation, Summary, new_id
 from modules.models import Rules
 from tests.fakes import WAIT, FakeBackend, until
 from tests.ui.acting import ask, box, finished, reply, send, user
@@ -642,7 +642,7 @@ def test_the_summary_stands_where_it_is_told_and_can_be_changed(live_server, new
     conversation = long_chat(live_server.owner(tab), 4)
     import_chat(live_server, tab, conversation)
     store, path = live_server.app.store, conversation.path()
-    store.set_summary(conversation.owner, conversation.id, {"text": "They spoke of the sea.", "after": path[3].id})
+    store.set_summary(conversation.owner, conversation.id, Summary("They spoke of the sea.", path[3].id))
     tab.reload()
     card = tab.locator(".tgw-summary")
     expect(card).to_be_visible()
@@ -651,7 +651,7 @@ def test_the_summary_stands_where_it_is_told_and_can_be_changed(live_server, new
     expect(card.get_by_label("Summary")).to_have_value("They spoke of the sea.")
     card.get_by_label("Summary").fill("They spoke of ships.")
     card.get_by_role("button", name="Save").click()
-    until(lambda: store.summary(conversation.owner, conversation.id)["text"] == "They spoke of ships.")
+    until(lambda: store.summary(conversation.owner, conversation.id).text == "They spoke of ships.")
     expect(card.get_by_role("button", name="Save")).to_be_disabled()
     card.get_by_role("button", name="Forget it").click()
     expect(card).to_have_count(0)
