@@ -5,6 +5,7 @@ Each tells the owner's other pages. Ids of incognito conversations lead to the s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from modules.conversation import Conversation, Message
 from modules.errors import DataError, NotFound, PromptError, UserError
 from modules.sessions import Session
 from modules.settings import PageOptions
-from modules.store import FIRST_IN_MEMORY, MessagePage
+from modules.store import FIRST_IN_MEMORY, MessagePage, clean
 from modules.turns import source_of
 
 MAX_TOGETHER = 10_000
@@ -168,21 +169,36 @@ class BadUpload(DataError):
     status = 400
 
 
+_changing = threading.Lock()
+"""Held while values are read, changed and stored: two browsers may change one conversation at the same moment."""
+
+
+def _cleaned(value: Any) -> Any:
+    """What the store would make of it: else it were one value in memory and another one on the disk."""
+    if isinstance(value, str):
+        return clean(value)
+    return [_cleaned(each) for each in value] if isinstance(value, list) else value
+
+
 def change_values(app: App, who: Identity, conversation: str | None, values: Mapping[str, Any]) -> Session:
     """Change parameters: the conversation's, and this browser's, which new chats begin with; the values now in effect. Raises SettingsError.
 
     What is changed in an incognito chat stays in it.
     """
+    values = {name: _cleaned(value) for name, value in values.items()}
     own = {name: value for name, value in values.items() if name in PageOptions.model_fields}
-    source = source_of(app, who, conversation)
-    changed = source.session.change(values)
-    if source.store is app.incognito:
-        values = own
-    session = app.sessions.change(who.session, values) if values else source.session
-    if not conversation:
-        return session
-    if values.keys() - own.keys() or source.store is app.incognito:
-        source.store.set_settings(who.owner, conversation, changed.kept())
+    with _changing:
+        source = source_of(app, who, conversation)
+        changed = source.session.change(values)
+        if source.store is app.incognito:
+            values = own
+        session = app.sessions.change(who.session, values) if values else source.session
+        if not conversation:
+            return session
+        lasts = bool(values.keys() - own.keys()) or source.store is app.incognito
+        if lasts:
+            source.store.set_settings(who.owner, conversation, changed.kept())
+    if lasts:
         app.replies.tell(who.owner, "settings", {"conversation": conversation, "revision": changed.revision})
     return changed
 

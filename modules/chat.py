@@ -69,8 +69,8 @@ def continue_reply(app: App, who: Identity, conversation: str, message: str) -> 
     with _turn(app, who, conversation):
         source, current = _current(app, who, conversation)
         old = _assistant(current, message)
-        plan = prepare(app, app.models.backend, source, (*current.path(old.parent), old), open_end=True)
-        former = {"stats": old.details["stats"]} if "stats" in old.details else {}
+        plan = prepare(app, app.models.backend, source, (*(current.path(old.parent) if old.parent else ()), old), open_end=True)
+        former = {name: old.details[name] for name in ("stats", "group") if name in old.details}
         known = turns.details(app, plan, **_lasting(old), **former, begins=len(old.text), began_thinking=len(old.reasoning))
         running = replace(old, state="running", details=known)
         source.store.save(running)

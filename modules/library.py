@@ -136,7 +136,7 @@ def yaml_mapping(text: str, file: str, typed: bool = False, parts: int = _MAX_EV
             if isinstance(event, yaml.AliasEvent) or place > parts:
                 raise SettingsError(f"{file} is more than such a file needs. Keep lines of the form 'name: value', without & and *.")
         found = yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, LookupError, AttributeError, TypeError) as error:  # the latter: !!bool, !!int
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it is not YAML"

@@ -202,6 +202,8 @@ class Reply:
         self._stats = Stats(context_length=context_length)
         self._began = time.monotonic()
         self.finished = threading.Event()
+        self.told = False
+        """Its end is in the ring, or nobody is left to hear of it."""
         presenter.feed(message.text, message.reasoning)
 
     @property
@@ -257,6 +259,7 @@ class Reply:
         try:
             self._publish(save, wake)
             self._finish(save, wake, closing)
+            self.told = True
         except Exception:  # noqa: BLE001  a thread's top: the chat must be free again
             logger.exception("Showing the reply failed")
             self._give_up(save)
@@ -407,6 +410,8 @@ class Replies:
         def publish() -> None:
             reply.publish(save, wake, self._closing)
             self.tell(reply.owner, "conversation", {"id": reply.conversation})  # it is no longer running
+            if not reply.told:
+                self.tell(reply.owner, "changed", {"conversation": reply.conversation})
 
         threading.Thread(target=publish, name=f"publish-{reply.id[:8]}", daemon=True).start()
 

@@ -304,7 +304,7 @@ def fit(render: Render, messages: Sequence[PromptMessage], budget: int, encode: 
         pinned = " and what is pinned" if len(needed) > len(body) - last else ""
         raise PromptTooLong(
             f"The last message needs {len(alone.tokens):,} tokens together with the system prompt{pinned} and {budget:,} are allowed. "
-            f"Shorten it,{' unpin messages,' if pinned else ''} or set a larger ctx-size or truncation length."
+            f"Shorten it,{' unpin messages,' if pinned else ''} lower max_new_tokens, or set a larger ctx-size or truncation length."
         )
     weigh = _message_weight(render, encode, head, needed)
     room, after = budget - len(alone.tokens), -1

@@ -24,7 +24,7 @@ from modules.prompting import Prompting, Speaker, summary_messages
 from modules.replies import Piece, Reply
 from modules.sessions import Session
 from modules.store import Store
-from modules.templates import FALLBACK, ChatTemplate
+from modules.templates import FALLBACK, ChatTemplate, stop_strings
 from modules.text_generation import generate_reply, split_reply
 
 SUMMARY_TOKENS = 400
@@ -100,7 +100,8 @@ def prepare(app: App, backend: Backend, source: Source, path: Sequence[Message],
     """The plan for what follows `path`. `open_end`: its last message goes on. Raises PromptTooLong, TemplateError."""
     session = source.session
     prompting = prompting_of(app, backend, session)
-    fitted = prompting.fit(path, _budget(backend, session), backend.encode, open_end=open_end, speaker=speaker, summary=_valid(source.summary, path))
+    budget, summary = _budget(backend, session, open_end), _valid(source.summary, path)
+    fitted = prompting.fit(path, budget, backend.encode, open_end=open_end, speaker=speaker, summary=summary)
     request = _request(app, backend, source, fitted.tokens, prompting.stops_of(speaker))
     plan = Plan(source, request, fitted.prompt, path, fitted.dropped, open_end, names=prompting.names(speaker))
     return replace(plan, outgrown=bool(fitted.dropped) and session.chat.context_full == "summarise" and speaker == "assistant")
@@ -134,11 +135,14 @@ def _request(app: App, backend: Backend, source: Source, tokens: tuple[int, ...]
     )
 
 
-def _budget(backend: Backend, session: Session) -> int:
-    """Tokens that a prompt may have: the context without room for the reply, of which at least half is the prompt's."""
+def _budget(backend: Backend, session: Session, open_end: bool) -> int:
+    """Tokens that a prompt may have: the context without room for the reply, of which at least half is the prompt's.
+
+    What goes on (`open_end`) needs less room, as most of it is in the prompt already: an eighth, and it may end with the context.
+    """
     sampling = session.sampling
     context = min(backend.context_length, sampling.truncation_length or backend.context_length)
-    return context - min(sampling.max_new_tokens, context // 2)
+    return context - min(sampling.max_new_tokens, context // (8 if open_end else 2))
 
 
 def again(plan: Plan, number: int) -> Plan:
@@ -278,5 +282,10 @@ def _told(app: App, plan: Plan, template: ChatTemplate, messages: Sequence[Messa
         cut = [replace(m, text=m.text[: len(m.text) * room // (2 * len(tokens))]) for m in messages]
         prompt = template.render(summary_messages(cut, former), add_generation_prompt=True, enable_thinking=False)
         tokens = backend.encode(prompt)
-    wanted = replace(plan.request, prompt=tuple(tokens), max_new_tokens=limit)
+    # No stop strings and no grammar, which are meant for the reply; and a token of its own: the template's end of a turn cancels that one only.
+    cancel = CancelToken()
+    plan.request.cancel.on_cancel(cancel.cancel)
+    plain = plan.request.sampling.replace({"grammar_string": ""})
+    stop = stop_strings(template, "assistant")
+    wanted = replace(plan.request, prompt=tuple(tokens), sampling=plain, max_new_tokens=limit, stop=stop, cancel=cancel)
     return "".join(piece.text for piece in split_reply(generate_reply(app, wanted), wanted, prompt))

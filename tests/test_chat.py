@@ -8,6 +8,7 @@ from modules.chat import MAX_MESSAGE_CHARACTERS
 from modules.conversation import Conversation
 from modules.errors import Busy, DataError, EngineDied, NoModel, NotFound, PromptError, PromptTooLong, SettingsError, UserError
 from modules.models import Rules
+from modules.turns import source_of
 from tests.fakes import WAIT, make_app, until
 
 ANNA, BERT = Identity("anna", "anna-browser"), Identity("bert", "bert-browser")
@@ -252,6 +253,43 @@ def test_a_disk_that_is_full_costs_the_message_not_the_chat(app, backend, monkey
     assert app.store.conversation("anna", conversation.id) == conversation
     assert len(app.store.conversations("anna").items) == 1 and len(backend.requests) == 1
     assert say(app, "More", conversation.id).path()[-1].state == "done"
+
+
+def test_the_first_message_of_a_chat_can_be_continued(app, backend):
+    begun = chat.insert(app, ANNA, None, "assistant", "Once upon a time")
+    conversation, first = begun.conversation.id, begun.messages[0].id
+    say(app, "Then?", conversation)
+    finish(chat.continue_reply(app, ANNA, conversation, first))
+    assert prompt(backend).count("Once upon a time") == 1 and "Then?" not in prompt(backend)
+
+
+def test_continuing_one_of_several_replies_keeps_the_others_beside_it(app, backend):
+    turn = finish(chat.reply(app, ANNA, None, "Hi", 2))
+    group = {message.details["group"] for message in turn.messages if message.role == "assistant"}
+    tip = app.store.conversation("anna", turn.conversation.id).tip
+    finish(chat.continue_reply(app, ANNA, turn.conversation.id, tip))
+    assert {app.store.conversation("anna", turn.conversation.id)[tip].details["group"]} == group
+
+
+def test_two_browsers_change_values_of_one_chat_at_once(app):
+    conversation, phone = say(app, "Hi").id, Identity("anna", "phone")
+    for number in range(1, 31):
+        changes = ((ANNA, {"temperature": 1 + number / 100}), (phone, {"top_k": number}))
+        threads = [threading.Thread(target=archive.change_values, args=(app, who, conversation, values)) for who, values in changes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        kept = app.store.settings("anna", conversation)
+        assert (kept["temperature"], kept["top_k"]) == (1 + number / 100, number)
+
+
+def test_halves_of_a_character_in_a_value_are_the_same_in_memory_and_on_the_disk(app):
+    conversation = say(app, "Hi").id
+    changed = archive.change_values(app, ANNA, conversation, {"name1": "a\ud83d", "dry_sequence_breakers": '"\ud83d"'})
+    assert changed.chat.name1 == "a\ufffd"
+    assert source_of(app, ANNA, conversation).session.revision == changed.revision
+    assert app.sessions.get(ANNA.session).values()["name1"] == "a\ufffd"
 
 
 # --- stopping, deleting, two at once ------------------------------------------------------------------------------------------------
@@ -952,6 +990,34 @@ def test_a_full_context_can_stop_the_chat(app, backend):
         for _ in range(4):
             full(app, backend, "stop")
             backend.context_length -= 200
+
+
+def test_stop_strings_and_a_grammar_are_the_replys_not_the_summarys(app, backend):
+    conversation = full(app, backend, "summarise")
+    archive.change_values(app, ANNA, conversation.id, {"custom_stopping_strings": '"\\n\\n"', "grammar_string": 'root ::= "yes"'})
+    backend.script = ["A short tale", "\n\n", "in two parts"]
+    asked = len(backend.requests)
+    for _ in range(6):
+        conversation = say(app, "go on " + "w" * 150, conversation.id)
+        if app.store.summary("anna", conversation.id):
+            break
+    assert app.store.summary("anna", conversation.id).text == "A short tale\n\nin two parts"
+    summaries = [n for n in range(asked, len(backend.requests)) if "Write a summary" in prompt(backend, n)]
+    assert summaries and not any(backend.requests[n].sampling.grammar_string for n in summaries)
+    assert backend.requests[-1].sampling.grammar_string == 'root ::= "yes"'
+    assert conversation.path()[-1].text == "A short tale"  # the reply to what follows has the stop string
+
+
+def test_a_long_reply_goes_on_into_the_room_that_is_left(app, backend):
+    backend.context_length = 1000
+    app.sessions.change(ANNA.session, {"max_new_tokens": 512})
+    backend.script = ["y" * 600]
+    conversation = say(app, "A story")
+    finish(chat.continue_reply(app, ANNA, conversation.id, conversation.tip))
+    assert "A story" in prompt(backend) and prompt(backend).endswith("y" * 600)
+    assert app.store.conversation("anna", conversation.id).path()[-1].text == "y" * 1200
+    with pytest.raises(PromptTooLong, match="lower max_new_tokens"):
+        chat.continue_reply(app, ANNA, conversation.id, conversation.tip)
 
 
 def test_the_oldest_messages_can_be_summarised(app, backend):

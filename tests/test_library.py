@@ -188,6 +188,12 @@ def test_wrong_yaml_is_a_named_error_soon(case, typed):
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize("value", ["!!bool foo", "!!int ''", "!!int '_'", "!!float ''", "!!timestamp foo"])
+def test_a_value_that_is_not_of_the_kind_it_says_is_a_named_error(value):
+    with pytest.raises(SettingsError, match=r"^f\.yaml: it is not YAML"):
+        yaml_mapping(f"a: {value}", "f.yaml", typed=True)
+
+
 @pytest.mark.parametrize("value", ["1" * 5000, "2024-99-99", ":".join(["59"] * 5000)])
 def test_numbers_and_dates_that_cannot_be_are_errors_or_text_soon(value):
     began = time.process_time()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,13 +39,13 @@ class Tab:
         self._who = who
         self._conversation: str | None = None
         self._cursors: dict[str, int] = {}
-        self._asked: dict[str, Any] | None = None
+        self._asked: deque[dict[str, Any]] = deque(maxlen=1)
         self._status: dict[str, Any] = {}
         self._news = app.replies.news(who.owner).last
 
     def follow(self, request: dict[str, Any]) -> None:
         """Follow another conversation, its running replies each from an event on; takes effect at the next `news`."""
-        self._asked = request
+        self._asked.append(request)
 
     def _follow(self, request: dict[str, Any]) -> None:
         conversation, replies = request.get("conversation"), request.get("replies")
@@ -57,9 +58,8 @@ class Tab:
 
     def news(self) -> Iterator[dict[str, Any]]:
         """Everything new since the last call, oldest first. One thread at a time."""
-        if self._asked is not None:
-            asked, self._asked = self._asked, None
-            self._follow(asked)
+        if self._asked:
+            self._follow(self._asked.popleft())
         yield from self._model()
         yield from self._conversations()
         for reply in list(self._cursors):
@@ -74,11 +74,12 @@ class Tab:
     def _conversations(self) -> Iterator[dict[str, Any]]:
         ring = self._app.replies.news(self._who.owner)
         events = ring.after(self._news)
-        self._news = ring.last
-        if events is None:  # too far behind: as if the server had started anew
+        if events is None:  # too far behind, or the ring of somebody long away was let go: as if the server had started anew
+            self._news = ring.last
             yield {"type": "hello", "boot": secrets.token_hex(8)}
             return
         for event in events:
+            self._news = event.id  # not the ring's last: that one may have come since
             told = self._told(event.type, dict(event.data))
             if told:
                 yield told

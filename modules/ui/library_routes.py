@@ -14,6 +14,7 @@ from modules.auth import Identity
 from modules.characters import Character, UserProfile
 from modules.errors import AccessDenied, TemplateError
 from modules.library import Shelf, plain
+from modules.store import clean
 from modules.templates import FALLBACK, ChatTemplate, PromptMessage
 from modules.ui import ASSETS
 
@@ -72,6 +73,7 @@ def tried(app: App, name: str, text: str | None) -> Json:
     backend = app.models.loaded_backend()
     begin, end = (backend.bos_token, backend.eos_token) if backend else ("<s>", "</s>")
     error = ""
+    text = clean(text) if text else text
     if text is None and name:
         text = app.templates.get(name)
     elif text is None:

@@ -8,10 +8,12 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from modules import replies
+from modules.auth import Identity
 from modules.errors import DataError
 from modules.ui import events
+from modules.ui.events import Tab
 from modules.ui.render import render_blocks
-from tests.fakes import until
+from tests.fakes import make_app, until
 from tests.ui.live import Message, live_app
 
 MARKDOWN = list("# A title\n\nSome *words* and `code`:\n\n```python\nprint(1)\n```\n\n- one\n- two\n\nThe end.")
@@ -337,6 +339,25 @@ def test_a_tab_that_missed_news_of_the_list_is_told_to_load_it_again(live, me):
     told = list(tab.news())
     assert [event["type"] for event in told] == ["hello"] and told[0]["boot"] != events.BOOT
     assert list(tab.news()) == []
+
+
+def test_what_happens_while_a_tab_reads_its_news_is_told_next(tmp_path, monkeypatch):
+    app = make_app(tmp_path, monkeypatch)
+    tab = Tab(app, Identity("anna", "browser"))
+    list(tab.news())
+    ring = app.replies.news("anna")
+    after = ring.after
+
+    def read(event):
+        found = after(event)
+        app.replies.tell("anna", "deleted", {"id": "x"})
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "after", read)
+        assert list(tab.news()) == []
+    assert list(tab.news()) == [{"type": "conversations", "changed": [], "deleted": ["x"]}]
+    app.close()
 
 
 def test_news_of_what_is_gone_meanwhile_are_left_out(live, me):

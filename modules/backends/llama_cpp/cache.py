@@ -168,7 +168,7 @@ class Cache:
     @property
     def spilled_bytes(self) -> int:
         """Main memory they take."""
-        return sum(each.size for each in self._spilled.values())
+        return sum(each.size for each in list(self._spilled.values()))  # the thread that tells the engine's health asks too
 
     def available(self) -> int:
         """Cells that are free or could be: all but those of sequences in use."""
