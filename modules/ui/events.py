@@ -152,7 +152,7 @@ async def serve_events(socket: WebSocket, app: App, auth: Auth) -> None:
     stop_listening = app.replies.listen(who.owner, wake)
     reader = asyncio.create_task(_read(socket, tab, wake))
     try:
-        await _send(socket, {"type": "hello", "boot": BOOT})
+        await _send(socket, {"type": "hello", "boot": BOOT, "user": who.name})
         await _write(socket, tab, woken, reader, lambda: auth.who(socket) == who)
     except (WebSocketDisconnect, RuntimeError, ConnectionError):
         return  # the tab has gone; its replies go on

@@ -1,14 +1,17 @@
 """The box, its menu, its keys, the bar and the drafts, in a real browser against a live server with a scripted engine."""
 
 import re
+import socket
 
 import pytest
 
+from modules import auth
 from modules.backends.base import Chunk
 from modules.errors import DataError, ModelError
 from modules.store import Store
 from tests.fakes import until
 from tests.ui.acting import ask, box, finished, send
+from tests.ui.conftest import serving
 
 pytestmark = pytest.mark.browser
 
@@ -218,6 +221,42 @@ def test_a_page_that_is_left_tells_its_draft(live_server, new_tab):
     tab.close(run_before_unload=False)
     other = new_tab()
     expect(box(other)).to_have_value("At once")
+
+
+def test_what_somebody_typed_is_not_shown_to_the_next_one_who_logs_in(live_server, new_browser, monkeypatch):
+    def unreachable(*_):
+        raise DataError("The disk is full.")
+
+    app, users = live_server.app, {"ann": "secret", "bert": "hidden"}
+    with socket.create_server(("127.0.0.1", 0)) as listening, serving(app, auth.Auth(users, app.data.sessions), listening) as url:
+        live_server.url = url  # what `watched` lets a page ask
+        context = new_browser()
+        tab = context.new_page()
+
+        def come(name):
+            context.clear_cookies()
+            tab.goto(url)
+            tab.get_by_label("Name").fill(name)
+            tab.get_by_label("Password").fill(users[name])
+            tab.keyboard.press("Enter")
+            box(tab).wait_for()
+            tab.wait_for_function("name => localStorage.getItem('tgw.user') === name", arg=name)
+
+        come("ann")
+        ask(tab, "A secret of Ann")
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "save_draft", unreachable)
+            tab.get_by_role("button", name="New chat").first.click()
+            box(tab).fill("not told yet")
+            tab.reload()
+            expect(box(tab)).to_have_value("not told yet")
+            come("bert")
+            expect(box(tab)).to_have_value("")
+        kept = tab.evaluate("Object.values(localStorage).join()")
+        assert "Ann" not in kept and "not told" not in kept
+        box(tab).press("ArrowUp")
+        expect(box(tab)).to_have_value("")
+        assert app.store.draft("user-bert", None) == ""
 
 
 def test_an_incognito_draft_is_stored_nowhere(live_server, new_tab):

@@ -111,6 +111,13 @@ export const composer = {
     this.focus();
   },
 
+  /** What the box holds is somebody else's. */
+  emptied() {
+    this.box.value = '';
+    this.key = undefined;
+    this.restore();
+  },
+
   /** Take what is typed out of the box; '' if that is only space. */
   empty() {
     const text = this.box.value;
@@ -273,7 +280,7 @@ export const live = {
     const s = stats || {};
     const waits = before !== null && (before ? t('Waiting: {count} before this', { count: number.format(before) }) : t('Waiting: this is next'));
     const reads = prefill && t('Reading prompt: {percent} %', { percent: Math.floor((100 * prefill[0]) / prefill[1]) });
-    const speed = s.tokens_per_second && t('{speed} tokens/s', { speed: s.tokens_per_second.toFixed(1) });
+    const speed = s.tokens_per_second && t('{speed} tokens/s', { speed: number.format(s.tokens_per_second, 1) });
     const prompt = s.prompt_tokens && t('{count} prompt tokens', { count: number.format(s.prompt_tokens) });
     this.text.textContent = [note, waits, !waits && reads, speed, prompt].filter(Boolean).join(' · ');
     const known = Boolean(s.context_length && s.context_used);

@@ -4,7 +4,17 @@ export const ROOT = new URL('.', document.baseURI);
 export const TITLE = document.title || 'Text Generation Web UI';
 export const PHONE = matchMedia('(max-width: 760px)');
 export const TOUCH = matchMedia('(hover: none) and (pointer: coarse)');
-export const number = new Intl.NumberFormat('en-US');
+
+const formats = new Map();
+
+/** Numbers as the page's language writes them. */
+export const number = {
+  format(value, digits) {
+    const key = `${document.documentElement.lang || 'en'} ${digits}`;
+    if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(key.split(' ')[0], { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+    return formats.get(key).format(value);
+  },
+};
 
 export const ICONS = {
   plus: 'M12 5v14M5 12h14', search: 'M11 4a7 7 0 1 0 0 14 7 7 0 0 0 0-14M20 20l-4-4', side: 'M4 5h16v14H4zM9.5 5v14',
@@ -122,6 +132,7 @@ export const memory = {
   set(key, value) {
     try { if (value) localStorage.setItem(key, value); else localStorage.removeItem(key); return true; } catch { return false; }
   },
+  forget(wanted) { try { Object.keys(localStorage).filter((key) => wanted.test(key)).forEach((key) => localStorage.removeItem(key)); } catch { /* nothing is there */ } },
 };
 
 export const toasts = el('div.tgw-toasts', { role: 'alert' });  // over the composer
@@ -205,7 +216,7 @@ export async function copyFrom(control, text) {
   setTimeout(() => control.classList.remove('copied'), 1400);
 }
 
-export function bytes(count) { return count > 1e9 ? `${(count / 2 ** 30).toFixed(1)} GiB` : count < 2 ** 20 ? `${Math.ceil(count / 1024)} KiB` : `${Math.round(count / 2 ** 20)} MiB`; }
+export function bytes(count) { return count > 1e9 ? `${number.format(count / 2 ** 30, 1)} GiB` : count < 2 ** 20 ? `${Math.ceil(count / 1024)} KiB` : `${Math.round(count / 2 ** 20)} MiB`; }
 
 export function percent(share) { return `${Math.round(100 * share)} %`; }
 

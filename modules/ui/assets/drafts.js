@@ -23,6 +23,16 @@ const waiting = {
   },
 };
 
+/** Texts in this browser are those of `user`, the name of a login ('': there are none). Another one's are forgotten; whether there was another one. */
+export function keptFor(user) {
+  const former = memory.get('tgw.user');
+  memory.set('tgw.user', user);
+  if (!former || former === user) return false;
+  memory.forget(/^tgw\.(draft|sent|queue)/);
+  drafts.texts.clear();
+  return true;
+}
+
 /** Keys are ids of conversations, null for a new one. */
 export const drafts = {
   texts: new Map(), told: new Map(), telling: false,

@@ -13,7 +13,7 @@ function level(logprob) {
 
 function percent(probability) {
   const value = 100 * probability;
-  return `${value >= 10 ? value.toFixed(1) : value >= 0.001 ? Number(value.toPrecision(2)) : '< 0.001'} %`;
+  return `${value >= 10 ? number.format(value, 1) : value >= 0.001 ? Number(value.toPrecision(2)) : '< 0.001'} %`;
 }
 
 /** A token as it is shown: line ends can be seen, and what has no text of its own. */
@@ -37,8 +37,8 @@ export async function explain(message) {
 // --- facts -------------------------------------------------------------------------------------------------------------------------------
 
 function facts({ model, model_hash: hash, seed, parameters, adapters, stats: s, created, prompt_tokens: prompted }) {
-  const seconds = (value, digits = 2) => (value != null ? t('{count} s', { count: value.toFixed(digits) }) : null);
-  const speed = s.tokens_per_second && t('{speed} tokens/s', { speed: s.tokens_per_second.toFixed(1) });
+  const seconds = (value, digits = 2) => (value != null ? t('{count} s', { count: number.format(value, digits) }) : null);
+  const speed = s.tokens_per_second && t('{speed} tokens/s', { speed: number.format(s.tokens_per_second, 1) });
   const lines = [
     [t('Model'), model],
     [t('File hash'), hash && fingerprint(hash)],

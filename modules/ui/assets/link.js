@@ -5,6 +5,7 @@ import { sidebar } from './sidebar.js';
 import { ahead, composer } from './composer.js';
 import { session } from './session.js';
 import { model } from './model.js';
+import { keptFor } from './drafts.js';
 
 export const link = {
   /** `again`: a connection was lost since the page was loaded. */
@@ -56,7 +57,7 @@ export const link = {
   receive(event) {
     const here = event.conversation === chat.id;
     if (event.reply) { if (!composer.heard(event)) chat.received(event); }
-    else if (event.type === 'hello') this.hello();
+    else if (event.type === 'hello') this.hello(event);
     else if (event.type === 'model') { model.show(event.status); ahead.fresh(event.status); }
     else if (event.type === 'conversations') { event.changed?.forEach((item) => sidebar.changed(item)); event.deleted?.forEach((id) => sidebar.gone(id)); }
     else if (event.type === 'started' && here) chat.began(event.messages);
@@ -65,7 +66,8 @@ export const link = {
   },
 
   /** After a break in the connection, events may be missing: everything shown is read again. */
-  hello() {
+  hello({ user }) {
+    if (user !== undefined && keptFor(user)) composer.emptied();
     if (!this.again) return;
     ahead.told = ''; sidebar.load(); chat.reload();
     if (!chat.id && session.shown === null) chat.begin();  // it could not be read before

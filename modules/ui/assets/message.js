@@ -263,19 +263,20 @@ export class Message {
     const { stats: s, model, explained, dropped_messages: dropped, created } = this.data;
     if (!s?.tokens) return null;
     const quick = [
-      s.tokens_per_second && t('{speed} tokens/s', { speed: s.tokens_per_second.toFixed(1) }),
+      s.tokens_per_second && t('{speed} tokens/s', { speed: number.format(s.tokens_per_second, 1) }),
       s.tokens === 1 ? t('1 token') : t('{count} tokens', { count: number.format(s.tokens) }),
-      s.seconds && t('{count} s', { count: s.seconds.toFixed(1) }),
+      s.seconds && t('{count} s', { count: number.format(s.seconds, 1) }),
       s.finish_reason === 'length' && t('ended at the longest allowed length'),
+      dropped > 0 && t('The oldest {count} messages did not fit the context', { count: number.format(dropped) }),
     ];
     const rest = [
       model && t('Model: {name}', { name: model }), s.seed != null && t('Seed: {seed}', { seed: s.seed }),
       s.prompt_tokens != null && t('Prompt: {count} tokens, {reused} of them reused', { count: number.format(s.prompt_tokens), reused: number.format(s.reused_tokens || 0) }),
-      s.queue_seconds >= 0.1 && t('Waited {seconds} s for a place', { seconds: s.queue_seconds.toFixed(1) }),
-      s.first_token_seconds != null && t('First token after {seconds} s', { seconds: s.first_token_seconds.toFixed(2) }),
+      s.queue_seconds >= 0.1 && t('Waited {seconds} s for a place', { seconds: number.format(s.queue_seconds, 1) }),
+      s.first_token_seconds != null && t('First token after {seconds} s', { seconds: number.format(s.first_token_seconds, 2) }),
       s.draft_tokens && t('Guessed ahead: {right} of {count} tokens were right', { right: number.format(s.accepted_tokens), count: number.format(s.draft_tokens) }),
       s.context_length && t('Context: {used} of {length} tokens', { used: number.format(s.context_used), length: number.format(s.context_length) }),
-      dropped > 0 && t('The oldest {count} messages did not fit the context', { count: number.format(dropped) }), created && new Date(created * 1000).toLocaleString(),
+      created && new Date(created * 1000).toLocaleString(),
     ];
     const told = { title: rest.filter(Boolean).join('\n'), textContent: quick.filter(Boolean).join(' · ') };
     return explained ? el('button.tgw-figures', { type: 'button', ...told, onclick: () => explain(this) }) : el('span.tgw-figures', { ...told, tabIndex: 0 });

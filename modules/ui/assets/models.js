@@ -328,6 +328,6 @@ function count(parameters) {
   if (!parameters) return '';
   const large = parameters >= 1e9;
   const value = parameters / (large ? 1e9 : 1e6);
-  const shown = value >= 100 ? Math.round(value) : value.toFixed(1);
+  const shown = value >= 100 ? Math.round(value) : number.format(value, 1);
   return large ? t('{count} billion', { count: shown }) : t('{count} million', { count: shown });
 }
