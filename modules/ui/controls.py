@@ -48,8 +48,6 @@ def span(control: Component) -> dict[str, Any]:
     control.elem_classes = [*classes, UNPAINTED]
     if isinstance(control, gr.Slider):
         return {"classes": classes, "range": [control.minimum, control.maximum]}
-    if isinstance(control, gr.Dropdown) and control.allow_custom_value:  # files, which come and go: those that were there at the start
-        return {"classes": classes, "files": control.choices}
     return {"classes": classes}
 
 

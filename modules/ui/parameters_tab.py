@@ -73,6 +73,7 @@ class _Keep:
             sure = gr.Button("Delete for good", size="md", variant="stop", visible=False, elem_classes=f"tgw-sure-{kind}")
             keep = gr.Button("Keep it", size="md", visible=False, elem_classes=f"tgw-keep-{kind}")
         asked = [delete, sure, keep]
+        menu.input(None, None, asked, js=_call("", "ask(false)"), **QUIET)  # who chooses another one was asked about the former
         delete.click(None, menu, asked, js=_call("name", "ask(Boolean(name))"), **QUIET)
         keep.click(None, None, asked, js=_call("", "ask(false)"), **QUIET)
         sure.click(None, menu, [menu, *asked], js=_call("name", f"remove({self.kind}, name)"), **QUIET)

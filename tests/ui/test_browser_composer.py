@@ -525,6 +525,35 @@ def test_keys_rest_in_an_edit_form(live_server, new_tab):
 # --- the bar --------------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_reply_that_ends_does_not_cut_a_new_title_short(live_server, writing):
+    writing.locator("button.tgw-head-title").click()
+    field = writing.locator(".tgw-head-field")
+    field.fill("My new ti")
+    live_server.say(10)
+    finished(writing)
+    expect(writing.locator(".tgw-list li.running")).to_have_count(0)  # the news of the list have come
+    expect(field).to_be_focused()
+    field.press_sequentially("tle")
+    field.press("Enter")
+    expect(writing.locator("button.tgw-head-title")).to_have_text("My new title")
+    assert live_server.app.store.info(live_server.owner(writing), conversation(writing)).title == "My new title"
+
+
+def test_an_old_chat_that_the_list_has_not_loaded_is_renamed(live_server, new_tab):
+    first = new_tab()
+    ask(first, "Oldest")
+    owner, old = live_server.owner(first), conversation(first)
+    for number in range(140):
+        live_server.app.store.create(owner, f"chat {number}")
+    tab = new_tab(f"/#c={old}")
+    expect(said(tab)).to_have_count(2)
+    expect(tab.locator(f".tgw-list a[href='#c={old}']")).to_have_count(0)
+    tab.locator("button.tgw-head-title").click()
+    tab.locator(".tgw-head-field").fill("Found")
+    tab.locator(".tgw-head-field").press("Enter")
+    expect(tab.locator("button.tgw-head-title")).to_have_text("Found")
+
+
 def test_the_title_is_changed_where_it_stands(live_server, new_tab):
     tab = new_tab()
     expect(tab.locator(".tgw-head-title:visible")).to_have_text("New chat")

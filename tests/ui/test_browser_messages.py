@@ -4,6 +4,7 @@ import math
 import re
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -257,6 +258,45 @@ def test_remove_last_puts_the_text_back_into_the_box(live_server, new_tab):
     tab.keyboard.press("Control+Shift+Backspace")
     expect(messages(tab)).to_have_text(["First", "Hello world"])
     expect(box(tab)).to_have_value("To be said better")
+
+
+def test_a_summary_being_changed_stays_with_its_chat(live_server, new_tab):
+    tab = new_tab()
+    store, owner = live_server.app.store, live_server.owner(tab)
+    chats = [replace(long_chat(owner, 4), title=name) for name in "AB"]
+    for chat in chats:
+        import_chat(live_server, tab, chat)
+        store.set_summary(owner, chat.id, Summary(f"Summary of {chat.title}", chat.path()[3].id))
+    tab.goto(f"{live_server.url}/#c={chats[0].id}")
+    tab.reload()
+    card = tab.locator(".tgw-summary")
+    card.locator("summary").click()
+    card.get_by_label("Summary").fill("Corrected")
+    tab.goto(f"{live_server.url}/#c={chats[1].id}")
+    expect(card.locator("textarea")).to_have_value("Summary of B")
+    expect(card.locator("button.primary")).to_be_disabled()
+
+
+@pytest.mark.parametrize("typed", ["", "In the box"])
+def test_an_edit_that_is_left_for_another_chat_becomes_a_draft(live_server, new_tab, typed):
+    tab = new_tab()
+    ask(tab, "Hello")
+    first = tab.evaluate("location.hash")
+    tab.get_by_role("button", name="New chat").first.click()
+    ask(tab, "Other")
+    second = tab.evaluate("location.hash")
+    tab.goto(live_server.url + "/" + first)
+    expect(user(tab)).to_contain_text("Hello")
+    box(tab).fill(typed)
+    user(tab).hover()
+    user(tab).get_by_role("button", name="Edit").click()
+    tab.locator(".tgw-edit textarea").fill("A new version")
+    tab.goto(live_server.url + "/" + second)
+    expect(user(tab)).to_contain_text("Other")
+    expect(box(tab)).to_have_value("")
+    tab.goto(live_server.url + "/" + first)
+    expect(user(tab)).to_contain_text("Hello")
+    expect(box(tab)).to_have_value("In the box\n\nA new version" if typed else "A new version")
 
 
 def test_a_pinned_message_says_so(live_server, new_tab):

@@ -212,6 +212,33 @@ def test_deleting_asks_first(live_server, tab):
     expect(button(tab, "Preset", "Delete for good")).to_be_hidden()
 
 
+def test_what_is_deleted_is_what_was_asked_about(live_server, tab):
+    paths = [put(live_server, f"presets/{name}.yaml", "top_p: 0.5\n") for name in ("Mine", "Other")]
+    tab.get_by_role("tab", name="Chat").click()
+    open_parameters(tab)
+    choose(tab, "Preset", "Mine")
+    button(tab, "Preset", "Delete").click()
+    expect(button(tab, "Preset", "Delete for good")).to_be_visible()
+    choose(tab, "Preset", "Other")
+    expect(button(tab, "Preset", "Delete for good")).to_be_hidden()
+    expect(button(tab, "Preset", "Delete")).to_be_visible()
+    assert all(path.exists() for path in paths)
+
+
+def test_ones_own_presets_are_in_the_menu_when_one_of_them_is_in_use(live_server, tab):
+    for name in ("Mine", "Other"):
+        put(live_server, f"presets/{name}.yaml", "top_p: 0.5\n")
+    tab.get_by_role("tab", name="Chat").click()
+    open_parameters(tab)
+    choose(tab, "Preset", "Mine")
+    until(lambda: in_effect(tab)["preset"] == "Mine")
+    tab.reload()
+    open_parameters(tab)
+    expect(menu(tab, "Preset")).to_have_value("Mine")
+    choose(tab, "Preset", "Other")
+    until(lambda: in_effect(tab)["preset"] == "Other")
+
+
 def test_what_the_server_refuses_is_told(live_server, tab):
     write(tab, "Preset", "../secret")
     button(tab, "Preset", "Save").click()

@@ -141,6 +141,7 @@ export const chat = {
   },
 
   clear() {
+    for (const view of this.views.values()) view.rescue();
     this.views.clear();
     this.columns = this.summary = this.choosing = this.comparing = null;
     this.empty = false;

@@ -229,15 +229,14 @@ export const update = (parts = {}) => ({ __type__: 'update', ...parts });
  * Lets a control of Gradio within `place` show `value` and be seen; undefined: what it shows already. `span` is what controls.py says of it;
  * `paint` a class that is new each time. One that is not drawn is told nothing: it is painted once it is (whenDrawn).
  */
-export function shownAs(place, { classes, range, files }, value, paint) {
+export function shownAs(place, { classes, range }, value, paint) {
   const control = classes.map((name) => `.${CSS.escape(name)}`).join('');
   if (!document.querySelector(`${place} ${control}:is([data-drawn], :not(.tgw-unpainted))`)) return update();
   const seen = { elem_classes: [...classes, paint] };
   if (value === undefined) return update(seen);
   if (range) return update({ ...seen, value, minimum: Math.min(value, range[0]), maximum: Math.max(value, range[1]) });  // it may have been set beyond
-  const gone = files && value && !files.some(([, file]) => file === value);
   const text = Array.isArray(value) ? value.join('\n') : value;  // a list is one item a line
-  return update({ ...seen, value: text, ...(gone && { choices: [...files, [value, value]] }) });
+  return update({ ...seen, value: text });
 }
 
 /** Whether no control that has a place waits for what it is told: the last class is `paint` + `count`. */

@@ -40,12 +40,15 @@ export const files = {
     if (!found.length || !this.line.hidden) return;
     const made = { first: null, count: 0, failed: [] };
     this.line.hidden = false;
-    for (const [n, file] of found.entries()) {
-      this.text.textContent = t('Importing {name} ({n} of {count})', { name: file.name, n: n + 1, count: found.length });
-      this.bar.value = n / found.length;
-      await this.importOne(file, made);
+    try {
+      for (const [n, file] of found.entries()) {
+        this.text.textContent = t('Importing {name} ({n} of {count})', { name: file.name, n: n + 1, count: found.length });
+        this.bar.value = n / found.length;
+        await this.importOne(file, made);
+      }
+    } finally {
+      this.line.hidden = true;  // else no other file could be imported
     }
-    this.line.hidden = true;
     if (made.first) await this.show(made.first);
     if (made.count) toast(t('{count} imported', { count: made.count }), 'done');
     if (made.failed.length) toast(made.failed.join('\n'));

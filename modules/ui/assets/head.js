@@ -28,9 +28,9 @@ export const head = {
   /** Show the title of the conversation, here and as the page's. */
   retitle(title) {
     alerts.title(title);
-    this.field?.onblur();
+    if (this.renamed !== chat.id) this.field?.onblur();  // what is told of this chat may not cut its reader short
     this.name.textContent = title || '';
-    this.title.hidden = !chat.id;
+    this.title.hidden = !chat.id || Boolean(this.field);
     this.none.hidden = Boolean(chat.id);
     this.secret.hidden = !chat.incognito;
     this.branches.hidden = !chat.id;
@@ -41,6 +41,7 @@ export const head = {
     if (!chat.id || this.field) return;
     if (title) { this.save(title); return; }
     const [id, former] = [chat.id, this.name.textContent];
+    this.renamed = id;
     const field = this.field = el('input.tgw-head-field', { value: former, 'aria-label': t('Title'), dir: 'auto' });
     const done = (save, back) => {
       if (this.field !== field) return;  // taking it away is a blur too

@@ -48,7 +48,7 @@ export function confirmed(title, text, label) {
 export function move(ids) {
   const now = folderOf(ids);
   const field = el('input', {
-    type: 'text', maxLength: 100, autofocus: !TOUCH.matches, autocomplete: 'off', placeholder: t('Find or name a folder'), 'aria-label': t('Folder'),
+    type: 'text', maxLength: 60, autofocus: !TOUCH.matches, autocomplete: 'off', placeholder: t('Find or name a folder'), 'aria-label': t('Folder'),
   });
   const list = el('ul.tgw-lines');
   const take = async (folder) => {
@@ -154,7 +154,7 @@ export function manage() {
     return row;
   };
   const rename = (row, kind, name) => {
-    const field = el('input', { type: 'text', value: name, maxLength: kind === 'folder' ? 100 : 40, 'aria-label': t('New name') });
+    const field = el('input', { type: 'text', value: name, maxLength: kind === 'folder' ? 60 : 40, 'aria-label': t('New name') });
     row.replaceChildren(el('form', {
       onsubmit: (e) => { e.preventDefault(); const typed = field.value.trim(); if (typed && typed !== name) change(kind, name, typed); else draw(); },
       onkeydown: (e) => { if (e.key === 'Escape') { e.preventDefault(); draw(); } },

@@ -31,6 +31,12 @@ const LONG = 3000;  // characters after which a user's message is folded
 /** The first letter of a name, whatever its alphabet. */
 function letter(name) { return ([...name.trim()][0] || '?').toLocaleUpperCase(); }
 
+/** Why a reply was cut off, if it was. */
+function ending(stats) {
+  if (stats?.finish_reason !== 'length') return null;
+  return stats.context_length && stats.context_used >= stats.context_length ? t('ended because the context is full') : t('ended at the longest allowed length');
+}
+
 export class Message {
   /** `data`: what the server told of it, without the blocks, which stand in the page. */
   constructor(view, chat) {
@@ -266,7 +272,7 @@ export class Message {
       s.tokens_per_second && t('{speed} tokens/s', { speed: number.format(s.tokens_per_second, 1) }),
       s.tokens === 1 ? t('1 token') : t('{count} tokens', { count: number.format(s.tokens) }),
       s.seconds && t('{count} s', { count: number.format(s.seconds, 1) }),
-      s.finish_reason === 'length' && t('ended at the longest allowed length'),
+      ending(s),
       dropped > 0 && t('The oldest {count} messages did not fit the context', { count: number.format(dropped) }),
     ];
     const rest = [
@@ -309,7 +315,8 @@ export class Message {
   /** It leaves the page: what was typed into it is not lost. */
   rescue() {
     const text = this.editing?.value;
-    if (text && text !== this.data.text && !composer.box.value) composer.put(text);
+    this.editing = null;
+    if (text && text !== this.data.text) composer.put([composer.box.value.trim(), text].filter(Boolean).join('\n\n'));
   }
 
   /** Bring it into sight. */

@@ -225,7 +225,7 @@ export const sidebar = {
     this.date();
     const row = this.items.get(item.id);
     if (item.id === chat.id && item.title) chat.retitle(item.title);
-    if (!row) { if (!this.query && filters.fits(item)) this.add(item); this.hint(); return; }
+    if (!row) { if (item.updated && !this.query && filters.fits(item)) this.add(item); this.hint(); return; }
     const former = row.item;
     row.item = { ...former, ...item, snippet: former.snippet };
     if (`${former.folder}\n${former.tags}` !== `${row.item.folder}\n${row.item.tags}`) filters.soon();

@@ -15,9 +15,10 @@ export class SummaryCard {
   get edited() { return this.area.value !== (this.text ?? ''); }
   look() { this.save.disabled = !this.edited; }
 
-  /** Show another text, unless one is being typed. */
+  /** Show another text, unless one is being typed in this chat. */
   show(text) {
-    const edited = this.edited;
+    const edited = this.edited && this.of === this.chat.id;
+    this.of = this.chat.id;
     this.text = text;
     if (!edited) this.area.value = text;
     this.look();
