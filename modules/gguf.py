@@ -322,8 +322,8 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Tensor]:
         if offset < end:
             raise _Bad("is damaged: its tensors overlap. Download or copy it again.")
         end = offset + size
-        if start + end > reader.size:
-            raise _Bad(f"is cut short: its weights need {start + end} bytes and it has {reader.size}. Download or copy it again.")
+    if start + end > reader.size:
+        raise _Bad(f"is cut short: it should have {start + end:,} bytes and has {reader.size:,}. Download or copy it again.")
     return {name: replace(tensor, place=start + offsets[name]) for name, tensor in tensors.items()}
 
 

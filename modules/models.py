@@ -543,6 +543,8 @@ class ModelSlot:
         if former and again:
             self._restore(former, again)
             words += f" {former.name} is in use again." if self._current else ""
+        elif self._current and not cancel.cancelled:
+            words += f" {self._current.choice.name} is still in use."
         status = ModelStatus("failed", choice.name, choice.loader.name, text=words)
         if cancel.cancelled:
             status = ModelStatus(text="Loading was cancelled.")

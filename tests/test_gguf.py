@@ -139,6 +139,12 @@ def test_hostile_headers_are_named(tmp_path, content, words):
     assert words in refused(tmp_path, content)
 
 
+def test_a_file_that_is_cut_short_says_how_large_it_should_be(tmp_path):
+    whole = build(PAIRS, [tensor("a", [32], 0, 0), tensor("b", [2000], 0, 128)], data=b"\0" * 128)
+    header = len(whole) - 128
+    assert f"should have {header + 128 + 8000:,} bytes and has {len(whole):,}" in refused(tmp_path, whole)
+
+
 def test_tensors_and_lists_are_kept(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     windows = pair("llama.windows", 9, struct.pack("<IQ???", 7, 3, True, False, True))

@@ -491,7 +491,7 @@ def test_where_memory_suffices_the_former_model_stays_until_the_next_is_there(sl
     engine.errors["c.fake"] = ModelError("broken")
     with pytest.raises(ModelError):
         slot.load(slot.choose("c.fake"))
-    assert slot.backend is engine.loaded[1] and slot.status().state == "ready" and slot.status().text == "broken"
+    assert slot.backend is engine.loaded[1] and slot.status().state == "ready" and slot.status().text == "broken b.fake is still in use."
 
 
 @pytest.fixture

@@ -507,6 +507,9 @@ def test_a_file_that_changed_under_its_name_is_another_adapter(tiny, dense, lora
 def test_wrong_adapters_are_named(dense, starter_model, loras, tmp_path):
     with pytest.raises(ModelError, match=r"wrong\.gguf.*another base model"):
         with_adapter(dense, tiny_models.lora(tmp_path / "wrong.gguf", starter_model))
+    (tmp_path / "peft").mkdir()
+    with pytest.raises(ModelError, match=r"the folder peft.*Convert it to a GGUF adapter"):
+        with_adapter(dense, tmp_path / "peft")
     with pytest.raises(ModelError, match="not a LoRA adapter"):
         with_adapter(dense, starter_model)
     with pytest.raises(ModelError, match="no file"):

@@ -479,6 +479,14 @@ def test_a_hit_is_opened_at_its_message_on_whatever_branch_it_is(live_server, ne
         expect(tab.locator(".tgw-msg.found", has_text=f"a {word}")).to_be_in_viewport()
 
 
+def test_what_was_searched_for_is_seen_in_the_hit(live_server, new_tab):
+    tab = new_tab()
+    ask(tab, "In addition to sharing stories of the old kingdom there was one about a dragon and its gold")
+    tab.locator(".tgw-search input").fill("dragon")
+    mark, line = (tab.locator(f".tgw-snippet{inner}").bounding_box() for inner in (" mark", ""))
+    assert line["x"] <= mark["x"] and mark["x"] + mark["width"] <= line["x"] + line["width"]
+
+
 def test_an_incognito_chat_stands_on_top_and_is_not_kept(live_server, new_tab):
     tab = listed(live_server, new_tab, *LETTERS)
     choose(tab, "Beta", "Pin")

@@ -153,6 +153,9 @@ class LlamaCppBackend:
         path = path.resolve()
         if path in self._adapters:
             return
+        if path.is_dir():
+            fix = "Convert it to a GGUF adapter on the Model tab, or load the model with Transformers, which takes such folders."
+            raise ModelError(f"llama.cpp cannot use the folder {path.name}. {fix}")
         header = read_header(path)
         if header.metadata.get("general.type") != "adapter":
             raise ModelError(f"{path.name} is not a LoRA adapter. Choose a GGUF file of an adapter (llama.cpp's convert_lora_to_gguf makes one).")

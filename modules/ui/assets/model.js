@@ -72,7 +72,7 @@ export const model = {
     const choose = openTab.exists('model') ? el('button', { type: 'button', textContent: t('Choose one on the Model tab'), onclick: () => openTab('model') }) : null;
     const text = { none: t('No model is loaded.'), failed: t('The model could not be loaded.'), loading: t('Loading the model… {percent}', { percent }) }[status.state];
     const sent = composer.waiting ? t('Your message is sent when it is ready.') : '';
-    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), `${text} ${sent}`, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
+    live.model.replaceChildren(...(text ? [el('i', { 'data-state': status.state }), sent ? `${text} · ${sent}` : `${text} `, ...(choose && status.state !== 'loading' ? [choose] : [])] : []));
     const keys = TOUCH.matches ? '' : ` ${t('Enter sends, Shift+Enter begins a new line.')}`;
     const hint = status.state === 'ready' ? t('Your messages stay on this machine.') + keys : text;
     chat.welcome.querySelector('p').textContent = hint || '';

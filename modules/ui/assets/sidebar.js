@@ -9,6 +9,8 @@ import { selection } from './selection.js';
 import { listMenu, removeChats, rename, rowMenu } from './acts.js';
 import { files } from './files.js';
 
+const LEAD = 14;  // characters before a search hit
+
 Object.assign(ICONS, {
   more: 'M6 12h.01M12 12h.01M18 12h.01', caret: 'M7 10l5 5 5-5', folder: 'M4 6h6l2 2h8v11H4z', tag: 'M4 4h8l8 8-8 8-8-8zM8.5 8.5h.01',
   pin: 'M9 4h6l-1 6 3 3H7l3-3zM12 13v7', import: 'M12 4v11M7.5 10.5L12 15l4.5-4.5M5 19h14', export: 'M12 15V4M7.5 8.5L12 4l4.5 4.5M5 19h14',
@@ -154,6 +156,7 @@ export const sidebar = {
     const open = el('a', { href: `#c=${encodeURIComponent(item.id)}`, tabIndex, title: [item.title, item.folder].filter(Boolean).join(' — ') },
       el('span.tgw-title', { dir: 'auto' }, item.incognito ? icon('mask') : null, item.title));
     const pieces = (item.snippet || []).map(([text, match]) => (match ? el('mark', { textContent: text }) : text));
+    if (typeof pieces[0] === 'string' && pieces[0].length > LEAD) pieces[0] = `…${[...pieces[0]].slice(-LEAD).join('')}`;  // the hit is to be seen
     if (pieces.length) open.append(el('span.tgw-snippet', { dir: 'auto' }, ...pieces));
     if (item.tags.length) open.append(el('span.tgw-tags', {}, ...item.tags.map((name) => this.chip(name))));
     const more = button('more', t('What can be done with {title}', { title: item.title }), null);
