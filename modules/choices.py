@@ -10,7 +10,7 @@ from typing import Any
 from modules import loaders
 from modules.backends import openai_server
 from modules.backends.base import Loader
-from modules.errors import ModelError, SettingsError
+from modules.errors import ModelError, SettingsError, UserError
 from modules.log import logger
 from modules.model_settings import ModelSettings, Saved
 from modules.options import Options
@@ -45,6 +45,16 @@ class Choices:
     def path(self, name: str) -> Path:
         """The file or folder of the model called `name`; a name at a server is none. Raises NotFound, NameError_."""
         return Path(name) if name.startswith(openai_server.PREFIX) else self.places.path(name)
+
+    def known(self, name: str) -> bool:
+        """Whether a request may have `name` loaded: a model that is here, or one at the server that is configured."""
+        if name.startswith(openai_server.PREFIX):
+            remote = self.configured.get(openai_server.LOADER.options)
+            return bool(remote and getattr(remote, "server_url", ""))
+        try:
+            return bool(self.places.path(name))
+        except UserError:
+            return False
 
     def choose(
         self, name: str, loader: str = "", options: Mapping[str, Any] | None = None, explicit: Set[str] = frozenset(), anywhere: bool = False

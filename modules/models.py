@@ -119,7 +119,8 @@ class ModelSlot:
         self._loaded: dict[str, _Loaded] = {}
         self._current: _Loaded | None = None
         self._former: Choice | None = None  # given up for the load under way; in use again if that fails
-        self._idle_choice: Choice | None = None
+        self._idle_choice: Choice | None = None  # until another one is ready
+        self._retiring: list[_Loaded] = []  # replaced, and still writing replies
         self._status = ModelStatus()
         self._listeners: list[Callable[[], None]] = []
         self._on_load: list[Callable[[Backend], None]] = []
@@ -240,17 +241,11 @@ class ModelSlot:
 
     def answering(self, name: str) -> str:
         """The name of the model that answers a request for `name`: where that one is not to be had, the current one; "" where there is none."""
-        may_load = bool(name) and self.rules.on_request and name not in self._loaded and self._is_there(name)
+        may_load = bool(name) and self.rules.on_request and name not in self._loaded and self.choices.known(name)
         with self._lock:
             if name in self._loaded or may_load:
                 return name
             return self._current.choice.name if self._current else ""
-
-    def _is_there(self, name: str) -> bool:
-        try:
-            return bool(self.choices.path(name))
-        except UserError:
-            return False
 
     @contextmanager
     def use(self, name: str, cancel: CancelToken | None = None) -> Iterator[Backend]:
@@ -296,18 +291,19 @@ class ModelSlot:
                 if found and not found.leaving:
                     found.users += 1
                     return found
-                if not name:
-                    choice = self._again()
-                elif self._loading and self.rules.on_request:
+                waits = self.rules.on_request if name else self._idle_choice is not None  # that one is on its way
+                if self._loading and waits:
                     if not self._wait(lambda: not self._loading, cancel):
                         return None
                     continue
+                if not name:
+                    choice = self._again()
             if name:
                 if not self.rules.on_request:
                     raise NoModel(self._why_none() if self._loading else f"The model {name!r} is not loaded any more. Send again.")
                 choice = self.choose(name)
             with self._lock:  # another request may have loaded it, or begun to, while this one chose
-                if name and (name in self._loaded or self._loading):
+                if self._loading or (name in self._loaded if name else self._current):
                     continue
                 begun = self._begin(choice)
             self._load(choice, begun, take_over=not name)
@@ -380,6 +376,7 @@ class ModelSlot:
         with self._lock:
             gone = [each for each in self._loaded.values() if name in (None, each.choice.name)]
             if name is None:
+                gone += self._retiring
                 self._former = self._idle_choice = None
                 self.cancel_loading()
             for each in gone:
@@ -422,7 +419,7 @@ class ModelSlot:
     def _load(self, choice: Choice, cancel: CancelToken, take_over: bool = True) -> None:
         """Load; with `take_over` the model is the current one then, else only where none is."""
         with self._lock:
-            self._idle_choice, self._former = None, None
+            self._former = None
         began = time.monotonic()
         try:
             if choice.loader.inspected:
@@ -480,8 +477,11 @@ class ModelSlot:
         """Unload a model that has been replaced, when its replies have ended; after a long time all the same."""
         try:
             self._retire(loaded, CancelToken())
-        except Busy:
+        except UserError:
             loaded.backend.unload()
+        finally:
+            with self._lock:
+                self._retiring.remove(loaded)
 
     def _adapt(self, backend: Backend) -> None:
         """Load the adapters. The model goes without one that does not fit it."""
@@ -518,9 +518,10 @@ class ModelSlot:
         with self._lock:
             wanted = not (cancel.cancelled or self._closed.is_set())
             if wanted:
-                self._loading = self._former = None
+                self._loading = self._former = self._idle_choice = None
                 for each in later:
                     self._forget(each)
+                self._retiring += later
                 self._loaded[choice.name] = loaded
                 self._current = loaded if take_over or not self._current else self._current
                 self._status = self._current.status

@@ -500,6 +500,11 @@ def several(slot):
     return slot
 
 
+def test_a_request_for_a_model_at_a_server_that_is_not_configured_is_for_the_current_one(several):
+    several.load(several.choose("a.fake"))
+    assert several.answering("openai:gpt") == "a.fake"
+
+
 def test_the_model_used_least_recently_goes_first(several, engine, monkeypatch):
     monkeypatch.setattr(models.time, "monotonic", clock := Clock())
     for name in ("a.fake", "b.fake"):
@@ -671,6 +676,38 @@ def test_an_unused_model_is_unloaded_and_the_next_use_loads_it_again(slot, engin
     with slot.turn(CancelToken()) as backend:
         assert backend is engine.loaded[1]
     assert slot.status().state == "ready"
+
+
+def test_who_asks_while_an_idle_model_is_loaded_again_waits_for_it(slot, engine, idle):
+    idle(60)
+    slot.unload_if_idle()
+    engine.go.clear()
+    joins = [run(lambda: slot.use("", CancelToken()).__enter__()) for _ in range(3)]
+    assert engine.started.acquire(timeout=WAIT)
+    engine.go.set()
+    assert [join() for join in joins] == [engine.loaded[1]] * 3 and len(engine.loaded) == 2
+
+
+def test_an_idle_model_comes_back_although_another_one_could_not_be_loaded(slot, engine, idle):
+    idle(60)
+    slot.unload_if_idle()
+    engine.errors["b.fake"] = ModelError("broken")
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("b.fake"))
+    with slot.turn(CancelToken()) as backend:
+        assert backend is engine.loaded[1]
+    assert slot.status().name == "a.fake"
+
+
+@pytest.mark.parametrize("end", ["unload", "close"])
+def test_a_replaced_model_that_still_writes_is_unloaded_with_all(slot, engine, monkeypatch, end):
+    monkeypatch.setattr(models, "_fits", lambda choice: True)
+    slot.load(slot.choose("a.fake"))
+    with slot.turn(CancelToken()):
+        slot.load(slot.choose("b.fake"))
+        assert not engine.loaded[0].unloaded
+        getattr(slot, end)()
+        assert engine.loaded[0].unloaded and engine.loaded[1].unloaded
 
 
 def test_a_model_in_use_is_not_idle(slot, engine, idle):

@@ -36,7 +36,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
         job = await run_in_threadpool(message_job, app, body, client(request))
         answer = MessageAnswer(answerer(app, job), job, body.stop_sequences or ())
         if body.stream:
-            stream = await begun(parts(app, [job], answer.id))
+            stream = await while_there(request, begun(parts(app, [job], answer.id)))
             return sse(answer.stream(stream), lambda error: [event(anthropic_error(error), "error")], ignored_headers([job]))
         whole = await while_there(request, answer.whole(parts(app, [job], answer.id)))
         return JSONResponse(whole, headers=ignored_headers([job]))

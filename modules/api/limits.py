@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
@@ -54,8 +55,12 @@ class _StrictRequest(Request):
     async def json(self) -> Any:
         """The body. Not a number, infinity, and half of a character are refused: Python takes them, and can then not write them."""
         body = await self.body()
-        found = json.loads(body, parse_constant=_no_number)
-        if _HALF.search(body):  # as emojis have it too: only writing it out tells
+        try:
+            text = body.decode(json.detect_encoding(body))
+        except UnicodeDecodeError:
+            raise RouteHTTPException(400, "it is not text in Unicode") from None
+        found = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        if _HALF.search(text):  # as emojis have it too: only writing it out tells
             try:
                 json.dumps(found, ensure_ascii=False).encode()
             except UnicodeEncodeError:
@@ -63,7 +68,14 @@ class _StrictRequest(Request):
         return found
 
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise RouteHTTPException(400, f"the number {text[:20]} is too large")
+    return number
 
 
 def _no_number(name: str) -> NoReturn:

@@ -222,6 +222,8 @@ def chosen(app: App, name: str, loader: str, args: Json) -> Choice:
         if option is None:
             raise BadRequest(f"args: {found.name} has no option {key[:60]!r}.{nearest(key, knobs)}", "args")
         options[option] = value
+    if "server_url" in options:  # it decides who is told the key
+        raise BadRequest("args: server_url is given when the program is started (--server-url), or on the Model tab.", "args")
     return app.models.choose(name, found.name, options)
 
 

@@ -50,7 +50,7 @@ def build_router(app: App, client: Client) -> APIRouter:
         jobs = copies(job, body.n or 1)
         answer = ChatAnswer(app, body, jobs)
         if body.stream:
-            stream = await begun(parts(app, jobs, answer.id))
+            stream = await while_there(request, begun(parts(app, jobs, answer.id)))
             return sse(answer.stream(stream), lambda error: [event(openai_error(error))], ignored_headers(jobs))
         whole = await while_there(request, answer.whole(parts(app, jobs, answer.id)))
         return JSONResponse(whole, headers=ignored_headers(jobs))
@@ -62,7 +62,7 @@ def build_router(app: App, client: Client) -> APIRouter:
         jobs = [each for job in firsts for each in copies(job, max(body.n or 1, body.best_of or 1))]
         answer = TextAnswer(app, body, jobs)
         if body.stream:
-            stream = await begun(parts(app, jobs, answer.id))
+            stream = await while_there(request, begun(parts(app, jobs, answer.id)))
             return sse(answer.stream(stream), lambda error: [event(openai_error(error))], ignored_headers(jobs))
         whole = await while_there(request, answer.whole(parts(app, jobs, answer.id)))
         return JSONResponse(whole, headers=ignored_headers(jobs))

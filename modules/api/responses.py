@@ -50,7 +50,7 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
                 answer.view["store"] = await run_in_threadpool(_kept, app, client(request), asked.items, answer.view)
 
         if body.stream:
-            stream = await begun(parts(app, [asked.job], answer.view["id"]))
+            stream = await while_there(request, begun(parts(app, [asked.job], answer.view["id"])))
             return sse(answer.stream(stream, keep), answer.failed, headers)
         return JSONResponse(await while_there(request, answer.whole(parts(app, [asked.job], answer.view["id"]), keep)), headers=headers)
 

@@ -161,7 +161,7 @@ def _written(app: App, index: int, job: Job) -> Iterator[Part]:
     chunks = generate_reply(app, job.request)
     pieces = raw_reply(chunks, job.request) if job.raw else split_reply(chunks, job.request, job.prompt, names=job.names)
     tools = ToolStream(job.tools, job.template) if job.tools and not job.forced else None
-    text, called = [], False
+    text, called, silent = [], False, True
     for piece in pieces:
         deltas = tools.feed(piece.text) if tools and piece.text else []
         if tools and piece.chunk.finish_reason:
@@ -180,7 +180,10 @@ def _written(app: App, index: int, job: Job) -> Iterator[Part]:
             job.request.cancel.cancel()
         reason = piece.chunk.finish_reason
         ended = "tool_calls" if called and (reason == "stop" or (reason and job.one_call)) else reason
-        if said or piece.reasoning or calls or ended or piece.chunk.logprobs or piece.chunk.prompt_logprobs or piece.chunk.queue_position is not None:
+        # The first one is told whatever it holds: the answer begins, and its client is listened to, while a long prompt is still being read.
+        noted = piece.chunk.logprobs or piece.chunk.prompt_logprobs or piece.chunk.queue_position is not None
+        if silent or said or piece.reasoning or calls or ended or noted:
+            silent = False
             yield Part(index, said, piece.reasoning, calls, piece.chunk, ended, piece.stop, piece.reasoning_tokens, piece.places)
 
 

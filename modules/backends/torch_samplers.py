@@ -254,7 +254,8 @@ class Mirostat:
         epsilon = slope - 1
         if abs(epsilon) < 1e-6 or slope <= 0:
             return logits
-        count = ((epsilon * 2.0 ** min(self.limit, 60.0)) / (1 - size**-epsilon)) ** (1 / slope)
+        many = (epsilon * 2.0 ** min(self.limit, 60.0)) / (1 - size**-epsilon)
+        count = math.exp(min(math.log(many) / slope, 700.0))  # a flat distribution has a slope near 0
         return top_k(logits, max(1, min(round(count), size)))
 
 

@@ -241,7 +241,7 @@ class Downloads:
                 return
             if job.state == "queued" and job.thread is None:
                 job.state = "running"
-                job.thread = threading.Thread(target=self._run, args=(job,), name="download", daemon=True)
+                job.thread = threading.Thread(target=self._run, args=(job, job.fetch), name="download", daemon=True)
                 job.thread.start()
 
     def _end(self, job: _Job, state: State) -> None:
@@ -269,8 +269,8 @@ class Downloads:
 
     # --- a download's thread ----------------------------------------------------------------------------------------------------------
 
-    def _run(self, job: _Job) -> None:
-        fetch, error = job.fetch, ""
+    def _run(self, job: _Job, fetch: Fetch) -> None:
+        error = ""
         try:
             fetch.run()
             state: State = "done"

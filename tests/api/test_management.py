@@ -241,6 +241,7 @@ def test_a_model_is_loaded_with_its_options(api):
         ({"model_name": "other.fake", "args": {"ctx_size": 1}}, 400, "ctx_size"),  # of another loader
         ({"model_name": "other.fake", "args": {"fake_size": 11}}, 400, "fake_size"),
         ({"model_name": "other.fake", "args": []}, 400, "args"),
+        ({"model_name": "openai:x", "args": {"server_url": "http://127.0.0.1:1"}}, 400, "server_url"),
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_model_in_place(shared, body, status, words):

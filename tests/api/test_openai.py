@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from modules.backends.base import Chunk
 from modules.errors import Busy, EngineDied
 from tests.api.conftest import served
 from tests.fakes import WAIT, FakeBackend, until
@@ -179,6 +180,33 @@ def test_a_client_that_goes_away_frees_its_place(api, stream):
                 client.send(request)
     until(lambda: api.backend.closed == 1)
     assert api.backend.requests[0].cancel.cancelled
+
+
+def test_a_client_that_goes_away_before_the_first_word_frees_its_place(api):
+    import threading
+
+    api.backend.gate = threading.Semaphore(0)
+    with api.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True}, timeout=0.5)
+    until(lambda: api.backend.closed == 1)
+    assert api.backend.requests[0].cancel.cancelled
+
+
+def test_a_stream_begins_while_the_prompt_is_being_read(api, monkeypatch):
+    import threading
+
+    read, write = threading.Event(), api.backend.generate
+
+    def generate(request):
+        yield Chunk(prompt_tokens=1000, prefill_done=10)
+        assert read.wait(WAIT)
+        yield from write(request)
+
+    monkeypatch.setattr(api.backend, "generate", generate)
+    with api.client() as client, client.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}) as response:
+        assert response.status_code == 200  # its headers have come before its first word
+        read.set()
+        assert "Hello" in response.read().decode()
 
 
 def test_too_long_a_prompt(api):

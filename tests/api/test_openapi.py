@@ -111,6 +111,9 @@ def able(tmp_path):
         ("responses", '{"input": "x", "tools": [{"type": "function", "name": "a", "parameters": {"x": -Infinity}}]}'),
         ("messages", '{"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]}'),
         ("chat/completions", f'{{{HELLO}, "response_format": {{"type": "json_schema", "schema": {{"properties": {{"\\ud800": {{"x": 1}}}}}}}}}}'),
+        ("responses", '{"input": "x", "tools": [{"type": "function", "name": "a", "parameters": {"x": 1e999}}]}'),
+        ("responses", b'{"input": "x", "instructions": "\xed\xa0\x80"}'),
+        ("responses", '{"input": "x", "instructions": "\\ud800"}'.encode("utf-16")),
         # Lists and objects where a name is expected.
         ("chat/completions", f'{{{HELLO}, "tool_choice": {{"function": 1}}, {TOOL % "{}"}}}'),
         ("chat/completions", f'{{{HELLO}, "tool_choice": {{"name": ["a"]}}, {TOOL % "{}"}}}'),
@@ -124,6 +127,14 @@ def test_what_cannot_be_is_refused(able, path, body):
         response = client.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["message"].endswith((".", "'")), response.text
     assert able.backend.requests == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_in_any_unicode_encoding_is_read(able, encoding):
+    body = json.dumps({"messages": [{"role": "user", "content": "Größe"}]}, ensure_ascii=False).encode(encoding)
+    with able.client() as client:
+        assert client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}).status_code == 200
+    assert "Größe" in able.backend.decode(able.backend.requests[0].prompt)
 
 
 def test_whole_characters_in_two_halves_are_let_in(able):

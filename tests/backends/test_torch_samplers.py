@@ -308,3 +308,10 @@ def test_every_name_of_the_priority_has_a_step_or_a_chooser():
 
 def test_what_is_supported_exists():
     assert SamplingParams.model_fields.keys() >= samplers.SUPPORTED
+
+
+@pytest.mark.parametrize("spread", [0.5, 0.05])
+def test_mirostat_1_takes_a_flat_distribution(spread):
+    mirostat = Mirostat(1, 5.0, 0.1)
+    mirostat.limit = 40.0
+    assert mirostat._by_rank(torch.linspace(0, -spread, 32_000)).isfinite().any()

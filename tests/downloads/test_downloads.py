@@ -211,6 +211,22 @@ def test_pause_resume_cancel(downloads, data, hub):
         downloads.pause(id)
 
 
+def test_what_is_cancelled_before_its_thread_has_begun_is_not_fetched(downloads, data, hub, monkeypatch):
+    go, run = threading.Event(), Downloads._run
+
+    def late(*given):
+        assert go.wait(WAIT)
+        run(*given)
+
+    monkeypatch.setattr(Downloads, "_run", late)
+    id = downloads.start(downloads.plan("some/model"))
+    downloads.cancel(id)
+    go.set()
+    assert downloads.wait(id, WAIT).state == "cancelled"
+    until(lambda: not any(job.thread for job in downloads._jobs.values()))
+    assert not [*data.models.rglob("*.gguf")]
+
+
 def test_cancel_deletes_what_there_is(downloads, data, hub):
     hub.hold = threading.Event()
     id = downloads.start(downloads.plan("some/model"))
