@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from modules import loaders
 from modules.backends import openai_server
 from modules.backends.base import Loader
+from modules.backends.openai_server.options import OpenAIServerOptions
 from modules.errors import ModelError, SettingsError, UserError
 from modules.log import logger
 from modules.model_settings import ModelSettings, Saved
@@ -49,8 +50,8 @@ class Choices:
     def known(self, name: str) -> bool:
         """Whether a request may have `name` loaded: a model that is here, or one at the server that is configured."""
         if name.startswith(openai_server.PREFIX):
-            remote = self.configured.get(openai_server.LOADER.options)
-            return bool(remote and getattr(remote, "server_url", ""))
+            remote = cast("OpenAIServerOptions | None", self.configured.get(OpenAIServerOptions))
+            return bool(remote and remote.server_url)
         try:
             return bool(self.places.path(name))
         except UserError:

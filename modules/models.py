@@ -195,12 +195,11 @@ class ModelSlot:
     @property
     def backend(self) -> Backend:
         """The current model; loads it again if it was unloaded for being idle. Raises NoModel."""
-        while True:
-            with self._lock:
-                if self._current:
-                    return self._current.backend
-                choice = self._again()
-            self._load(choice, self._begin(choice))
+        with self._lock:
+            if self._current:
+                return self._current.backend
+        with self.use("") as backend:
+            return backend
 
     def backend_of(self, name: str) -> Backend:
         """The model called `name` if it is in memory; for "" see `backend`. Raises NoModel."""
@@ -210,6 +209,14 @@ class ModelSlot:
             if name not in self._loaded:
                 raise NoModel(f"The model {name!r} is not loaded any more. Load it, or choose another one.")
             return self._loaded[name].backend
+
+    def name_of(self, backend: Backend) -> str:
+        """What `backend` is called. Raises NoModel when it is not in memory any more."""
+        with self._lock:
+            name = next((name for name, each in self._loaded.items() if each.backend is backend), None)
+        if name is None:
+            raise NoModel("The model was replaced while the request was being read. Send again.")
+        return name
 
     @property
     def file(self) -> Path | None:
@@ -598,8 +605,8 @@ class ModelSlot:
 
 def _fits(choice: Choice) -> bool | None:
     """Whether the model fits into the memory that is free now; None where that cannot be said."""
-    if not choice.loader.inspected:
-        return None
+    if choice.loader.elsewhere or not choice.loader.inspected:
+        return choice.loader.elsewhere or None
     try:
         machine = memory.usable(choice.options, devices())
         card = inspect(choice.path)

@@ -494,6 +494,19 @@ def test_where_memory_suffices_the_former_model_stays_until_the_next_is_there(sl
     assert slot.backend is engine.loaded[1] and slot.status().state == "ready" and slot.status().text == "broken b.fake is still in use."
 
 
+def test_for_a_model_of_another_server_none_here_has_to_go(slot, engine, monkeypatch):
+    engine.errors["b.fake"] = ModelError("The server does not answer.")
+    slot.load(slot.choose("a.fake"))
+    with pytest.raises(ModelError):
+        slot.load(slot.choose("b.fake"))
+    assert engine.loaded.pop(0).unloaded  # it went, and came back
+    remote = dataclasses.replace(engine.loader, elsewhere=True)
+    monkeypatch.setattr(loaders, "LOADERS", (remote,))
+    with pytest.raises(ModelError, match="does not answer"):
+        slot.load(slot.choose("b.fake"))
+    assert not engine.loaded[0].unloaded and slot.backend is engine.loaded[0]
+
+
 @pytest.fixture
 def several(slot):
     slot.rules = Rules(most=2, on_request=True)

@@ -9,16 +9,16 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from modules.api.errors import BadRequest, anthropic_error
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, answerer, backend_for, chat_job, prompt_length
-from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, parts, sse, while_there
+from modules.api.requests import Job, chat_job, prompt_length
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, parts, sse, while_there, with_model
 from modules.api.schemas import AnthropicChoice, AnthropicCountRequest, AnthropicMessage, AnthropicRequest, ChatRequest, as_chat
 from modules.app import App
+from modules.backends.base import Backend, CancelToken
 from modules.tool_calls import ToolCall
 
 Json = dict[str, Any]
@@ -33,8 +33,8 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
     @router.post("/v1/messages", tags=["Anthropic"], responses=STREAMS)
     async def messages(request: Request, body: AnthropicRequest) -> Response:
         """A reply to a conversation."""
-        job = await run_in_threadpool(message_job, app, body, client(request))
-        answer = MessageAnswer(answerer(app, job), job, body.stop_sequences or ())
+        job = await with_model(request, app, body.model, lambda backend, _: message_job(app, backend, body, client(request)))
+        answer = MessageAnswer(job.request.model, job, body.stop_sequences or ())
         if body.stream:
             stream = await while_there(request, begun(parts(app, [job], answer.id)))
             return sse(answer.stream(stream), lambda error: [event(anthropic_error(error), "error")], ignored_headers([job]))
@@ -42,12 +42,17 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
         return JSONResponse(whole, headers=ignored_headers([job]))
 
     @router.post("/v1/messages/count_tokens", tags=["Anthropic"])
-    def count_tokens(request: Request, body: AnthropicCountRequest) -> Response:
+    async def count_tokens(request: Request, body: AnthropicCountRequest) -> Response:
         """How many tokens the prompt of such a request has."""
-        job = message_job(app, body, client(request), fitting=False)
+
+        def count(backend: Backend, _: CancelToken) -> tuple[Job, int]:
+            job = message_job(app, backend, body, client(request), fitting=False)
+            return job, prompt_length(backend, job)
+
+        job, length = await with_model(request, app, body.model, count)
         if job.request.images:
             job = replace(job, ignored=(*job.ignored, "tokens of images are not counted"))
-        return JSONResponse({"input_tokens": prompt_length(backend_for(app, body.model), job)}, headers=ignored_headers([job]))
+        return JSONResponse({"input_tokens": length}, headers=ignored_headers([job]))
 
     return router
 
@@ -55,9 +60,9 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
 # --- the request ------------------------------------------------------------------------------------------------------------------------
 
 
-def message_job(app: App, body: AnthropicCountRequest, client: str, fitting: bool = True) -> Job:
+def message_job(app: App, backend: Backend, body: AnthropicCountRequest, client: str, fitting: bool = True) -> Job:
     """The reply to a request for a message. Raises as `chat_job` does."""
-    job = chat_job(app, backend_for(app, body.model), chat_request(body), client, fitting)
+    job = chat_job(app, backend, chat_request(body), client, fitting)
     return replace(job, ignored=(*job.ignored, *_not_followed(body)))
 
 

@@ -59,7 +59,7 @@ def _matches(headers: Mapping[str, list[str]], wanted: Sequence[str]) -> bool:
     given = [value[7:].strip() for value in headers.get("authorization", []) if value[:7].lower() == "bearer "]
     given += headers.get("x-api-key", [])
     # Every given key is compared with every wanted one, so that the time tells nothing.
-    return any([hmac.compare_digest(one.encode(), other.encode()) for one in given[:4] for other in wanted])
+    return any([hmac.compare_digest(one.encode("latin-1", "replace"), other.encode()) for one in given[:4] for other in wanted])
 
 
 def check_settings(settings: Settings) -> None:

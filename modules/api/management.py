@@ -19,8 +19,8 @@ from modules import adapters, loaders
 from modules.api.errors import BadRequest
 from modules.api.keys import Keys
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, chat_job, completion_jobs, prompt_length
-from modules.api.running import Part, parts, told_headers, while_there
+from modules.api.requests import Job, chat_job, completion_jobs, not_asked, prompt_length
+from modules.api.running import Part, parts, told_headers, while_there, with_model
 from modules.api.schemas import (
     AdaptersRequest,
     ChatRequest,
@@ -34,13 +34,12 @@ from modules.api.schemas import (
     UnloadRequest,
 )
 from modules.app import App
-from modules.backends.base import CancelToken, Embedding, adapters_of
+from modules.backends.base import Backend, CancelToken, Embedding, adapters_of
 from modules.choices import Choice
 from modules.errors import AccessDenied, NotFound
 from modules.guard import headers_by_name
 from modules.options import nearest
 from modules.samplers import SamplingParams
-from modules.text_generation import decode, encode
 
 Json = dict[str, Any]
 Client = Callable[[Request], str]
@@ -87,48 +86,53 @@ def _add_health(router: APIRouter, app: App) -> None:
 
 def _add_tokens(router: APIRouter, app: App) -> None:
     @router.post("/v1/internal/encode", tags=["Tokens"])
-    def to_tokens(body: TextRequest) -> Response:
+    async def to_tokens(request: Request, body: TextRequest) -> Response:
         """Token ids of a text."""
-        tokens = encode(app, body.text, body.add_bos_token)
+        tokens = await with_model(request, app, "", lambda backend, _: backend.encode(body.text, body.add_bos_token))
         return _told(body, {"tokens": tokens, "length": len(tokens)})
 
     @router.post("/v1/internal/decode", tags=["Tokens"])
-    def to_text(body: TokensRequest) -> Response:
+    async def to_text(request: Request, body: TokensRequest) -> Response:
         """The text of token ids."""
-        return _told(body, {"text": decode(app, body.tokens)})
+        return _told(body, {"text": await with_model(request, app, "", lambda backend, _: backend.decode(body.tokens))})
 
     @router.post("/v1/internal/token-count", tags=["Tokens"])
-    def count(body: TextRequest) -> Response:
+    async def count(request: Request, body: TextRequest) -> Response:
         """How many tokens a text has."""
-        return _told(body, {"length": len(encode(app, body.text, body.add_bos_token))})
+        tokens = await with_model(request, app, "", lambda backend, _: backend.encode(body.text, body.add_bos_token))
+        return _told(body, {"length": len(tokens)})
 
 
 def _add_prompts(router: APIRouter, app: App, client: Client) -> None:
     @router.post("/v1/internal/chat-prompt", tags=["Tokens"])
-    def chat_prompt(request: Request, body: ChatRequest) -> Response:
+    async def chat_prompt(request: Request, body: ChatRequest) -> Response:
         """The exact prompt that a chat request would have. `length`: its tokens; null where images belong into it."""
-        backend = app.models.backend
-        job = chat_job(app, backend, body, client(request), fitting=False)
-        view = {"prompt": job.prompt, "length": None if job.request.images else prompt_length(backend, job)}
+
+        def rendered(backend: Backend, _: CancelToken) -> tuple[Job, int | None]:
+            job = chat_job(app, backend, body, client(request), fitting=False)
+            return job, None if job.request.images else prompt_length(backend, job)
+
+        job, length = await with_model(request, app, body.model, rendered)
+        view = {"prompt": job.prompt, "length": length}
         return JSONResponse(view, headers=told_headers(job.ignored))
 
     @router.post("/v1/internal/logits", tags=["Tokens"])
     async def logits(request: Request, body: LogitsRequest) -> Response:
         """The likeliest next tokens with their probabilities, before samplers."""
-        job = await run_in_threadpool(_next_token, app, body, client(request))
+        job = await with_model(request, app, "", lambda backend, _: _next_token(app, backend, body, client(request)))
         view = await while_there(request, _likeliest(parts(app, [job])))
         idle = [f"{name} has no effect without use_samplers" for name in body.given(SamplingParams) if name != "add_bos_token"]
         return _told(body, view, *sorted(idle))
 
 
-def _next_token(app: App, body: LogitsRequest, client: str) -> Job:
+def _next_token(app: App, backend: Backend, body: LogitsRequest, client: str) -> Job:
     if body.use_samplers:
         what = "The engines here tell probabilities as the model gives them, before samplers, and not those after."
         raise BadRequest(f"{what} Leave use_samplers out.", "use_samplers")
     # A prompt that would end here has alternatives too: its end is no candidate for the one token that is chosen.
     asked = {"prompt": body.prompt, "max_tokens": 1, "logprobs": 1, "temperature": 0, "ban_eos_token": True, "add_bos_token": body.add_bos_token}
     made = CompletionRequest.model_validate(asked)
-    job = completion_jobs(app, app.models.backend, made, client)[0]
+    job = completion_jobs(app, backend, made, client)[0]
     return replace(job, request=replace(job.request, logprobs=body.top_logits))
 
 
@@ -267,15 +271,12 @@ def _add_rerank(router: APIRouter, app: App) -> None:
         It is the similarity of embeddings: the cosine of the loaded model's vectors of query and document, -1 to 1. No reranking model
         reads the two together.
         """
-        cancel = CancelToken()
-        try:
-            return _told(body, await while_there(request, run_in_threadpool(_ranked, app, body, cancel)))
-        finally:
-            cancel.cancel()
+        view = await with_model(request, app, body.model, lambda backend, cancel: _ranked(app, backend, body, cancel))
+        return _told(body, view, *not_asked(body.model, view["model"]))
 
 
-def _ranked(app: App, body: RerankRequest, cancel: CancelToken) -> Json:
-    backend = app.models.backend
+def _ranked(app: App, backend: Backend, body: RerankRequest, cancel: CancelToken) -> Json:
+    name = app.models.name_of(backend)
     if "embeddings" not in backend.features:
         raise BadRequest("The loaded model gives no embeddings, by which documents are ranked here. Load a model for embeddings.", "model")
     texts = [each if isinstance(each, str) else each.text for each in body.documents]
@@ -287,7 +288,7 @@ def _ranked(app: App, body: RerankRequest, cancel: CancelToken) -> Json:
     if body.return_documents:
         results = [{**each, "document": {"text": texts[each["index"]]}} for each in results]
     usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-    return {"object": "list", "model": app.models.status().name, "results": results, "usage": usage}
+    return {"object": "list", "model": name, "results": results, "usage": usage}
 
 
 def _cosine(one: Sequence[float], other: Sequence[float]) -> float:

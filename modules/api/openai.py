@@ -12,17 +12,16 @@ from typing import Any, cast
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from modules.api.errors import NotAvailable, openai_error
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, answerer, backend_for, chat_job, completion_jobs, copies
-from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.requests import Job, chat_job, completion_jobs, copies, not_asked
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, told_headers, while_there, with_model
 from modules.api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from modules.app import App
-from modules.backends.base import CancelToken, Chunk, Embedding, TokenLogprob
+from modules.backends.base import Backend, CancelToken, Chunk, Embedding, TokenLogprob
 from modules.errors import NotFound, UserError
 from modules.streams import REPLACED, token_places
 
@@ -46,7 +45,7 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["OpenAI"], responses=STREAMS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """A reply to a conversation."""
-        job = await run_in_threadpool(lambda: chat_job(app, backend_for(app, body.model), body, client(request)))
+        job = await with_model(request, app, body.model, lambda backend, _: chat_job(app, backend, body, client(request)))
         jobs = copies(job, body.n or 1)
         answer = ChatAnswer(app, body, jobs)
         if body.stream:
@@ -58,7 +57,7 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.post("/v1/completions", tags=["OpenAI"], responses=STREAMS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """What follows a text."""
-        firsts = await run_in_threadpool(lambda: completion_jobs(app, backend_for(app, body.model), body, client(request)))
+        firsts = await with_model(request, app, body.model, lambda backend, _: completion_jobs(app, backend, body, client(request)))
         jobs = [each for job in firsts for each in copies(job, max(body.n or 1, body.best_of or 1))]
         answer = TextAnswer(app, body, jobs)
         if body.stream:
@@ -70,11 +69,8 @@ def build_router(app: App, client: Client) -> APIRouter:
     @router.post("/v1/embeddings", tags=["OpenAI"])
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Vectors of texts."""
-        cancel = CancelToken()
-        try:
-            return JSONResponse(await while_there(request, run_in_threadpool(_embedded, app, body, cancel)))
-        finally:
-            cancel.cancel()
+        view = await with_model(request, app, body.model, lambda backend, cancel: _embedded(app, backend, body, cancel))
+        return JSONResponse(view, headers=told_headers(not_asked(body.model, view["model"])))
 
     @router.get("/v1/models", tags=["OpenAI"])
     def models() -> Json:
@@ -189,7 +185,7 @@ class _Answer:
         self.usage_in_stream = usage_in_stream
         self.counts = _Usage(prompts)
         self.id = f"{self.prefix}{uuid4().hex}"
-        self.head = {"id": self.id, "created": int(time.time()), "model": answerer(app, jobs[0])}
+        self.head = {"id": self.id, "created": int(time.time()), "model": jobs[0].request.model}
 
     def _whole(self, choices: list[Json]) -> Json:
         fixed = {"object": self.whole_object, "system_fingerprint": None}
@@ -347,7 +343,7 @@ class TextAnswer(_Answer):
         told = [(place, each) for part in some for place, each in zip(part.places, part.chunk.logprobs, strict=True)]
         start = len(prompt) if self.body.echo else 0
         entries = [(start + place, each) for place, each in told]
-        if echoed:
+        if echoed and self.jobs[index].request.prompt:
             first = cast(tuple[int, ...], self.jobs[index].request.prompt)[0]
             text = self.jobs[index].first
             places = token_places(prompt, [text, *(each.text for each in self._prompts[index])])
@@ -376,8 +372,8 @@ def _likelihood(some: Sequence[Part]) -> float:
 # --- embeddings -------------------------------------------------------------------------------------------------------------------------
 
 
-def _embedded(app: App, body: EmbeddingRequest, cancel: CancelToken) -> Json:
-    backend = backend_for(app, body.model)
+def _embedded(app: App, backend: Backend, body: EmbeddingRequest, cancel: CancelToken) -> Json:
+    name = app.models.name_of(backend)
     if "embeddings" not in backend.features:
         raise UserError("The loaded model gives no embeddings. Load one that does.")
     given = body.input
@@ -388,7 +384,7 @@ def _embedded(app: App, body: EmbeddingRequest, cancel: CancelToken) -> Json:
         raise UserError(f"The model's vectors have {len(found.vectors[0])} numbers. Ask for at most so many dimensions.")
     data = [{"object": "embedding", "index": place, "embedding": _vector(vector, body)} for place, vector in enumerate(found.vectors)]
     usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
-    return {"object": "list", "data": data, "model": app.models.answering(body.model) or app.models.status().name, "usage": usage}
+    return {"object": "list", "data": data, "model": name, "usage": usage}
 
 
 def _vector(vector: Sequence[float], body: EmbeddingRequest) -> list[float] | str:

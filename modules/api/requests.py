@@ -25,6 +25,7 @@ from modules.prompting import Prompting
 from modules.samplers import SamplingParams
 from modules.settings import ChatOptions
 from modules.templates import FALLBACK, ChatTemplate, stop_strings
+from modules.turn_lock import MAX_WAITING
 
 MAX_IMAGES = 16
 LONGEST_TOKEN = 512
@@ -42,8 +43,8 @@ class Job:
     request: GenerationRequest
     prompt: str
     """The exact text before it."""
-    tools: tuple[str, ...] = ()
-    """Names of the functions that it may call, in the format of its template unless it is `forced`."""
+    tools: Mapping[str, Json] = field(default_factory=dict)
+    """The schemas of the parameters of what it may call, by name; in the format of its template unless it is `forced`."""
     template: str = ""
     forced: bool = False
     """The reply is calls and nothing else, as JSON of `tool_calls.grammar_schema`."""
@@ -62,11 +63,12 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
     """The first reply of a chat request. Raises BadRequest, SettingsError, TemplateError; PromptTooLong unless it need not be `fitting`."""
     if body.functions is not None or body.function_call is not None or any(m.role == "function" for m in body.messages):
         raise BadRequest("functions and function_call are not taken any more. Use tools and tool_choice.", "functions")
+    name = app.models.name_of(backend)
     chat = _chat_options(app, body)
     source = _template_text(app, backend, body)
     template = ChatTemplate(source, backend.bos_token, backend.eos_token) if source else FALLBACK
     tools, must, schema = _tools_of(body)
-    sampling, ignored = _sampling(app, body)
+    sampling, ignored = _sampling(app, body, name)
     constraint, sampling = _format(body, schema, sampling)
     _need_grammar(backend, constraint or sampling.grammar_string)
     messages, images = _messages(backend, body.messages)
@@ -90,11 +92,12 @@ def chat_job(app: App, backend: Backend, body: ChatRequest, client: str, fitting
         logit_bias=_bias(body.logit_bias),
         json_schema=constraint,
         logprobs=logprobs,
-        model=app.models.answering(body.model),
+        model=name,
         client=client,
     )
     single = bool(tools) and body.parallel_tool_calls is False
-    return Job(request, prompt, tuple(tools), template.source, must, single, names=names, ignored=(*ignored, *_model(app, body.model)))
+    schemas = {tool: told["function"]["parameters"] for tool, told in tools.items()}
+    return Job(request, prompt, schemas, template.source, must, single, names=names, ignored=(*ignored, *not_asked(body.model, name)))
 
 
 def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client: str) -> list[Job]:
@@ -105,14 +108,18 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
         raise BadRequest("best_of must be at least n.", "best_of")
     if body.stream and (body.best_of or 1) > (body.n or 1):
         raise BadRequest("best_of cannot be streamed: which is best is known at the end. Leave stream out.", "best_of")
-    sampling, ignored = _sampling(app, body)
+    prompts, each = _prompts(body), max(body.n or 1, body.best_of or 1)
+    if len(prompts) * each > MAX_WAITING:
+        raise BadRequest(f"At most {MAX_WAITING} replies at once: the prompts times n or best_of are {len(prompts) * each}.", "n")
+    name = app.models.name_of(backend)
+    sampling, ignored = _sampling(app, body, name)
     _need_grammar(backend, sampling.grammar_string)
     _need(backend, "logprobs", body.logprobs is not None or (body.best_of or 1) > (body.n or 1), "logprobs")
-    ignored = (*ignored, *_model(app, body.model))
+    ignored = (*ignored, *not_asked(body.model, name))
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens 0 asks for the prompt alone: set echo, and logprobs for its log-probabilities.", "max_tokens")
     jobs = []
-    for prompt in _prompts(body):
+    for prompt in prompts:
         tokens = _encoded(backend, prompt, sampling.add_bos_token) if isinstance(prompt, str) else tuple(prompt)
         _check_length(backend, tokens, sampling)
         request = GenerationRequest(
@@ -126,7 +133,7 @@ def completion_jobs(app: App, backend: Backend, body: CompletionRequest, client:
             logprobs=max(1, body.logprobs) if body.logprobs is not None else 0,
             chosen_logprob=(body.best_of or 1) > (body.n or 1),
             prompt_logprobs=max(1, body.logprobs) if body.echo and body.logprobs is not None else None,
-            model=app.models.answering(body.model),
+            model=name,
             client=client,
         )
         text = prompt if isinstance(prompt, str) else backend.decode(tokens)
@@ -149,7 +156,7 @@ def prompt_length(backend: Backend, job: Job) -> int:
 # --- parts ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _sampling(app: App, body: Any) -> tuple[SamplingParams, tuple[str, ...]]:
+def _sampling(app: App, body: Any, model: str) -> tuple[SamplingParams, tuple[str, ...]]:
     given = body.given(SamplingParams)
     given.pop("seed", None)
     for name, value in given.items():
@@ -160,29 +167,15 @@ def _sampling(app: App, body: Any) -> tuple[SamplingParams, tuple[str, ...]]:
     asked = [name for name in ("max_completion_tokens", "max_tokens", "max_new_tokens") if getattr(body, name, None) is not None]
     twice = [f"{name} is not followed: {asked[0]} goes before it" for name in asked[1:]]
     sampling = SamplingParams().replace(given, "the request")
-    neutral, honoured = SamplingParams(), app.models.status_of(app.models.answering(body.model)).samplers
+    neutral, honoured = SamplingParams(), app.models.status_of(model).samplers
     idle = [name for name in given if name not in honoured and getattr(sampling, name) != getattr(neutral, name)]
     without = [f"{name} has no effect with this loader" for name in sorted(idle)]
     return sampling, (*twice, *without, *(f"{name} is unknown" for name in body.unknown()))
 
 
-def backend_for(app: App, wanted: str) -> Backend:
-    """The model that a request which names `wanted` is answered by; loads it where that is allowed. Raises NoModel, Busy, ModelError."""
-    name = app.models.answering(wanted)
-    if not name:
-        return app.models.backend
-    with app.models.use(name) as backend:
-        return backend
-
-
-def answerer(app: App, job: Job) -> str:
-    """The name of the model that answers `job`."""
-    return job.request.model or app.models.status_of("").name or ""
-
-
-def _model(app: App, wanted: str) -> tuple[str, ...]:
-    answers = app.models.answering(wanted)
-    return (f"model {wanted[:200]!r} is not loaded; answered by {answers!r}",) if wanted and wanted != answers else ()
+def not_asked(wanted: str, name: str) -> tuple[str, ...]:
+    """Says that a request for the model `wanted` is answered by the one called `name`, where that is another one."""
+    return (f"model {wanted[:200]!r} is not loaded; answered by {name!r}",) if wanted and wanted != name else ()
 
 
 def _seed(seed: int | None) -> int:

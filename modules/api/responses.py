@@ -16,10 +16,11 @@ from starlette.responses import Response
 
 from modules.api.errors import BadRequest, words_of
 from modules.api.limits import StrictRoute
-from modules.api.requests import Job, answerer, backend_for, chat_job, prompt_length
-from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there
+from modules.api.requests import Job, chat_job, prompt_length
+from modules.api.running import STREAMS, Counts, Part, begun, event, ignored_headers, logprob_view, parts, sse, while_there, with_model
 from modules.api.schemas import ChatRequest, ResponsesRequest, as_chat
 from modules.app import App
+from modules.backends.base import Backend
 from modules.errors import NotFound, UserError
 from modules.log import logger
 from modules.store import StoredResponse
@@ -41,9 +42,9 @@ def build_router(app: App, client: Callable[[Request], str]) -> APIRouter:
     @router.post("/v1/responses", tags=["OpenAI"], responses=STREAMS)
     async def create(request: Request, body: ResponsesRequest) -> Response:
         """A reply to a conversation."""
-        asked = await run_in_threadpool(_asked, app, body, client(request))
+        asked = await with_model(request, app, body.model, lambda backend, _: _asked(app, backend, body, client(request)))
         headers = ignored_headers([asked.job])
-        answer = ResponseAnswer(answerer(app, asked.job), body, asked.job)
+        answer = ResponseAnswer(asked.job.request.model, body, asked.job)
 
         async def keep() -> None:
             if answer.view["store"]:
@@ -108,7 +109,7 @@ class _Asked:
     """The request's own input."""
 
 
-def _asked(app: App, body: ResponsesRequest, client: str) -> _Asked:
+def _asked(app: App, backend: Backend, body: ResponsesRequest, client: str) -> _Asked:
     _check(body)
     given = body.input if isinstance(body.input, list) else [{"role": "user", "content": body.input}] if body.input else []
     own = [_item(item, f"input[{place}]") for place, item in enumerate(given)]
@@ -116,11 +117,11 @@ def _asked(app: App, body: ResponsesRequest, client: str) -> _Asked:
     fields = _fields(body)
 
     def job(items: Sequence[Json], fitting: bool) -> Job:
-        return chat_job(app, backend_for(app, body.model), _chat_request(body, items, fields), client, fitting)
+        return chat_job(app, backend, _chat_request(body, items, fields), client, fitting)
 
     items = [*before, *own]
     if body.truncation == "auto":
-        items = _cut(items, lambda some: _fits(app, body, job(some, False)))
+        items = _cut(items, lambda some: _fits(backend, body, job(some, False)))
     made = job(items, True)
     return _Asked(replace(made, ignored=(*made.ignored, *_not_followed(body))), own)
 
@@ -183,9 +184,8 @@ def _chat_request(body: ResponsesRequest, items: Sequence[Json], fields: Json) -
     return as_chat(body, {"messages": [*told, *_messages(items)], **fields})
 
 
-def _fits(app: App, body: ResponsesRequest, job: Job) -> bool:
+def _fits(backend: Backend, body: ResponsesRequest, job: Job) -> bool:
     """Whether there is room for the prompt and for the reply, which may take up to half of the context."""
-    backend = backend_for(app, body.model)
     context = backend.context_length
     return prompt_length(backend, job) + min(body.max_output_tokens or context // 4, context // 2) <= context
 

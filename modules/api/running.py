@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Send
@@ -21,7 +23,7 @@ from starlette.types import Send
 from modules import tool_calls
 from modules.api.requests import Job
 from modules.app import App
-from modules.backends.base import Chunk, TokenLogprob
+from modules.backends.base import Backend, CancelToken, Chunk, TokenLogprob
 from modules.errors import Busy, UserError
 from modules.log import logger
 from modules.streams import REPLACED
@@ -32,6 +34,9 @@ SILENCE = 15.0
 """Seconds after which a stream that has nothing to say sends a comment, so that nobody in between takes it for dead."""
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """For the OpenAPI document: that a route answers with a stream where it is asked for one."""
+MAX_THREADS = 128
+"""That prepare requests, or wait for the model that these need; who comes when all do is told to come again."""
+_THREADS: RunVar[CapacityLimiter] = RunVar("tgw-api-threads")
 T = TypeVar("T")
 
 
@@ -222,6 +227,34 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for each in (task, watch):
             each.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def with_model(request: Request, app: App, wanted: str, work: Callable[[Backend, CancelToken], T]) -> T:
+    """What `work` returns: blocking, with the model that a request for `wanted` is answered by, which stays in memory meanwhile.
+
+    It may wait for that model, so its threads are not those of the other routes. Its token is cancelled when the client goes away. Raises Gone,
+    NoModel, Busy, ModelError, and what `work` raises.
+    """
+    cancel, threads = CancelToken(), _threads()
+    if not threads.available_tokens:
+        raise Busy("Too many requests wait for a model. Try again in a few seconds.", retry_after=5)
+
+    def blocking() -> T:
+        with app.models.use(app.models.answering(wanted), cancel) as backend:
+            return work(backend, cancel)
+
+    try:
+        return await while_there(request, to_thread.run_sync(blocking, limiter=threads))
+    finally:
+        cancel.cancel()
+
+
+def _threads() -> CapacityLimiter:
+    try:
+        return _THREADS.get()
+    except LookupError:
+        _THREADS.set(limiter := CapacityLimiter(MAX_THREADS))
+        return limiter
 
 
 def event(data: Any, name: str = "") -> bytes:

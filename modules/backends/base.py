@@ -320,5 +320,7 @@ class Loader:
     """Whether `inspect_model` reads its models, so that a broken one is refused before anything is done for it."""
     own_process: bool = False
     """Whether its models have a process of their own, so that `Backend.memory` is all that a model takes."""
+    elsewhere: bool = False
+    """Whether its models run on another server: none here has to go for one."""
     info: Mapping[str, str] = field(default_factory=dict)
     """A few words each for the documentation."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,7 +62,7 @@ def formats_for(template: str) -> tuple[Format, ...]:
 
 
 class ToolStream:
-    """Tells calls from prose. Only `names` are tools; `template` tells which formats the model writes.
+    """Tells calls from prose. Only `names` are tools, a mapping has the schemas of their parameters; `template` tells which formats the model writes.
 
     A place where a call may begin is tried with each format in turn. Text is withheld while it can be a call; when it is none it is given out
     unchanged up to where that showed, and the search goes on there. White space before a call is dropped. `begins`: what the prompt holds of
@@ -72,7 +72,7 @@ class ToolStream:
     def __init__(self, names: Collection[str], template: str = "", new_id: Callable[[], str] = new_call_id, begins: str = "") -> None:
         self._formats = formats_for(template) if any(names) else ()
         self._opening = _opening(self._formats, "".join(sorted({name[0] for name in names if name})))
-        self._reader = Reader([name for name in names if name])
+        self._reader = Reader({name: names[name] if isinstance(names, Mapping) else None for name in names if name})
         self._new_id = new_id
         self._steps: Steps[None] | None = None  # of the format that is being tried
         self._untried: list[Format] = []

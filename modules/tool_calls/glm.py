@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modules.tool_calls.json_text import loose
+from modules.tool_calls.parameters import as_declared
 from modules.tool_calls.reader import Format, Reader, Steps
 
 _START, _END = "<tool_call>", "</tool_call>"
@@ -25,7 +25,7 @@ def _parse(reader: Reader) -> Steps[None]:
         key = yield from reader.header(_KEY_END)
         yield from reader.space()
         yield from reader.literal(_VALUE)
-        found[key] = loose((yield from reader.until(_VALUE_END)))
+        found[key] = as_declared((yield from reader.until(_VALUE_END)), reader.tools[name], key)
     reader.call(name, found)
 
 

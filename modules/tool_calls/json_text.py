@@ -36,11 +36,7 @@ def arguments_text(value: Any) -> str:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, which no answer could carry
-        text = json.dumps(value)
-    return text
+    return text.encode("utf-8", "replace").decode()  # half of a pair of surrogates, which no answer could carry, becomes "?"
 
 
 def _depth(text: str) -> int:

@@ -15,7 +15,7 @@ def _parse(reader: Reader) -> Steps[None]:
     while True:
         name = yield from reader.name()
         yield from reader.literal('">')
-        reader.call(name, (yield from pairs(reader, '<parameter name="', upto('">'), "</parameter>", "</invoke>")))
+        reader.call(name, (yield from pairs(reader, name, '<parameter name="', upto('">'), "</parameter>", "</invoke>")))
         if (yield from reader.closing(_END)):
             return
         yield from reader.literal('<invoke name="')

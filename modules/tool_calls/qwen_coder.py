@@ -15,7 +15,7 @@ def _parse(reader: Reader) -> Steps[None]:
     while True:
         name = yield from reader.name()
         yield from reader.literal(">")
-        reader.call(name, (yield from pairs(reader, "<parameter=", upto(">"), "</parameter>", "</function>", lines=True)))
+        reader.call(name, (yield from pairs(reader, name, "<parameter=", upto(">"), "</parameter>", "</function>", lines=True)))
         if (yield from reader.closing(_END)):
             return
         yield from reader.literal(_FUNCTION)

@@ -7,7 +7,7 @@ character is read once, however the text is cut. What cannot be a call raises No
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,8 +51,10 @@ class Reader:
     For the stream: `feed`, `rewind`, `take`, `held`, `calls`; for formats the rest.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
-        self.names = frozenset(names)
+    def __init__(self, tools: Mapping[str, Any]) -> None:
+        self.names = frozenset(tools)
+        self.tools = tools
+        """The schemas of their parameters, where they are known."""
         self.more = True
         self.window = ""
         self.place = 0

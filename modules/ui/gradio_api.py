@@ -61,14 +61,16 @@ def _add_writing(app: App, who: Who) -> None:
         given = {"messages": [*before, *(history or []), {"role": "user", "content": message}]}
 
         def job(client: str) -> Job:
-            return chat_job(app, app.models.backend, _read(ChatRequest, given, parameters), client)
+            with app.models.use("") as backend:
+                return chat_job(app, backend, _read(ChatRequest, given, parameters), client)
 
         async for text in _written(app, who, request, job):
             yield text
 
     async def generate(request: gr.Request, prompt: str, parameters: Json | None = None) -> AsyncIterator[str]:
         def job(client: str) -> Job:
-            return completion_jobs(app, app.models.backend, _read(CompletionRequest, {"prompt": prompt}, parameters), client)[0]
+            with app.models.use("") as backend:
+                return completion_jobs(app, backend, _read(CompletionRequest, {"prompt": prompt}, parameters), client)[0]
 
         async for text in _written(app, who, request, job):
             yield text

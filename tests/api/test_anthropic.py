@@ -123,6 +123,12 @@ def test_a_tool_is_called(api):
     assert found[0]["content_block"]["input"] == {} and found[1]["delta"] == {"type": "input_json_delta", "partial_json": '{"town": "Oslo"}'}
 
 
+def test_half_a_character_in_what_a_tool_is_called_with_becomes_a_question_mark(api):
+    api.backend.script = ['<tool_call>{"name": "weather", "arguments": {"town": "\\ud800"}}</tool_call>']
+    tools = [{"name": "weather", "input_schema": {"type": "object"}}]
+    assert api.post("/v1/messages", {"messages": HELLO, "max_tokens": 9, "tools": tools})["content"][0]["input"] == {"town": "?"}
+
+
 def test_results_reach_the_prompt_in_their_order(api):
     messages = [
         *HELLO,

@@ -7,6 +7,7 @@ import pytest
 
 from modules import settings
 from modules.api import keys
+from modules.api.errors import WrongKey
 from modules.api.keys import Keys, check_settings
 from modules.app import option_groups
 from modules.errors import SettingsError
@@ -95,6 +96,15 @@ def test_the_lists_of_paths_and_of_routes_agree(locked):
 def test_health_is_open(locked):
     for path in keys.OPEN:
         assert ask(locked, "GET", path).json() == {"status": "ok"}
+
+
+def test_a_key_may_have_any_characters():
+    key = "schlüssel-鍵"
+    told = key.encode().decode("latin-1")  # how a server reads the bytes that a client sends
+    Keys(key).check(CHAT, {"authorization": [f"Bearer {told}"]})
+    for wrong in (told[:-1], key, "schl?ssel-?"):
+        with pytest.raises(WrongKey):
+            Keys(key).check(CHAT, {"authorization": [f"Bearer {wrong}"]})
 
 
 def test_without_keys_this_machine_may_do_all(open_api):

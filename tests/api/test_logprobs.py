@@ -86,6 +86,13 @@ def test_the_bytes_of_a_part_of_a_character_are_not_made_up(api):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_of_an_empty_prompt_there_are_none(api, stream):
+    api.backend.script = [("ab", ["a", "b"])]
+    said, told = completion(api, {"prompt": "", "logprobs": 1, "echo": True, "max_tokens": 5}, stream)
+    assert said == "ab" and told["tokens"] == ["a", "b"] and told["text_offset"] == [0, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["x", "xyz"])
 def test_of_a_prompt_alone(api, stream, prompt):
     body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}

@@ -213,7 +213,7 @@ def test_depth_up_to_the_bound_is_read():
 
 def test_arguments_can_always_be_encoded():
     [(name, arguments)] = read('add{"a": "\\ud800", "b": "é"}')
-    assert (name, arguments) == ("add", {"a": "\ud800", "b": "é"})
+    assert (name, arguments) == ("add", {"a": "?", "b": "é"})
 
 
 def test_names_are_not_mistaken_for_longer_ones_and_may_be_unusual():
@@ -224,3 +224,51 @@ def test_names_are_not_mistaken_for_longer_ones_and_may_be_unusual():
 
 def test_format_names_are_unique():
     assert len({row.name for row in FORMATS}) == len(FORMATS)
+
+
+# --- values without quotes --------------------------------------------------------------------------------------------------------------
+
+UNQUOTED = {
+    "glm": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>{}</arg_value></tool_call>",
+    "qwen_coder": "<function=add>\n<parameter=a>\n{}\n</parameter>\n</function>",
+    "minimax": '<minimax:tool_call><invoke name="add"><parameter name="a">{}</parameter></invoke></minimax:tool_call>',
+}
+OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+CHOICE = {"$defs": {"Mode": {"enum": ["1", "2"]}}, "properties": {"a": {"$ref": "#/$defs/Mode"}}}
+
+
+@pytest.mark.parametrize("form", UNQUOTED.values(), ids=UNQUOTED)
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "1.10", "1.10"),
+        ({"type": "string"}, '{"name": "x"}', '{"name": "x"}'),
+        ({"type": "string"}, "true", "true"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": "string"}, '"quoted"', '"quoted"'),
+        ({"type": ["string", "null"]}, "1", "1"),
+        ({"type": ["string", "null"]}, "null", None),
+        (OPTIONAL, "7", "7"),
+        (OPTIONAL, "null", None),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"const": "1"}, "1", "1"),
+        ({"type": "integer"}, "1", 1),
+        ({"type": ["string", "integer"]}, "1", 1),
+        ({"enum": ["1", 1]}, "1", 1),
+        ({"type": "object"}, '{"x": "1"}', {"x": "1"}),
+        ({}, "1", 1),
+        (None, "1", 1),
+        ({"type": {"hostile": []}}, "1", 1),
+        ({"$ref": "#/properties/a"}, "1", 1),
+        ({"anyOf": [{"$ref": 1}, 5]}, "1", 1),
+    ],
+)
+def test_a_value_without_quotes_is_what_the_tool_declares(form, schema, text, value):
+    tools = {"add": {"type": "object", "properties": {"a": schema}}}
+    assert read(form.format(text), names=tools) == [("add", {"a": value})]
+
+
+@pytest.mark.parametrize("form", UNQUOTED.values(), ids=UNQUOTED)
+@pytest.mark.parametrize(("tool", "value"), [(CHOICE, "1"), ({"properties": {}}, 1), ({"properties": 5}, 1), ({}, 1), (None, 1), ({"$defs": 1}, 1)])
+def test_a_declaration_may_be_shared_or_absent(form, tool, value):
+    assert read(form.format("1"), names={"add": tool}) == [("add", {"a": value})]

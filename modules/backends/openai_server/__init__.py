@@ -84,4 +84,4 @@ def _load(path: Path, options: Options, progress: Progress, cancel: CancelToken)
     return OpenAIServerBackend(wire, server, wanted)
 
 
-LOADER = Loader(name="openai_server", options=OpenAIServerOptions, detect=lambda _path: False, load=_load, samplers=SAMPLERS)
+LOADER = Loader(name="openai_server", options=OpenAIServerOptions, detect=lambda _path: False, load=_load, samplers=SAMPLERS, elsewhere=True)
