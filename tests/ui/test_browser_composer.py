@@ -1,5 +1,6 @@
 """The box, its menu, its keys, the bar and the drafts, in a real browser against a live server with a scripted engine."""
 
+import json
 import re
 import socket
 
@@ -110,6 +111,15 @@ def test_the_queue_outlives_a_reload_and_is_sent_by_one_tab(live_server, writing
         expect(said(tab)).to_have_text(["Count", "One two three", "And then?", "One two three"])
         expect(queued(tab)).to_have_count(0)
     assert live_server.asked == 2
+
+
+def test_no_queued_message_falls_out_for_a_new_one(writing):
+    full = json.dumps([{"conversation": f"other {n}", "id": str(n), "text": "waits", "tab": "another"} for n in range(40)])
+    writing.evaluate("(full) => localStorage.setItem('tgw.queue', full)", full)
+    send(writing, "And then?")
+    expect(writing.locator(".tgw-toast")).to_contain_text("No more can be queued now")
+    expect(box(writing)).to_have_value("And then?")
+    assert writing.evaluate("localStorage.getItem('tgw.queue')") == full
 
 
 def test_a_reply_that_was_stopped_sends_nothing_by_itself(live_server, writing):

@@ -34,6 +34,7 @@ class Voices(FakeBackend):
         self.words = {0: ["One ", "answer"], 1: ["Two ", "answers"], 2: ["Three ", "answers"]}
         self.gates = defaultdict(lambda: threading.Semaphore(10**6))
         self.chance, self.others = 0.5, [("One ", 0.5), ("Another ", 0.25)]
+        self.ends, self.prompt_tokens = "stop", 0
         self._known: list[str] = []
 
     def word(self, text: str) -> int:
@@ -67,7 +68,8 @@ class Voices(FakeBackend):
                 return
             told = (TokenLogprob(self.word(text), text, math.log(self.chance)),)
             yield Chunk(text, (self.word(text),), prompt_tokens=len(request.prompt) if said == 1 else 0, completion_tokens=said, logprobs=told)
-        yield Chunk(finish_reason="stop", prompt_tokens=len(request.prompt), completion_tokens=said, timings=Timings(decode_seconds=1.0))
+        told = self.prompt_tokens or len(request.prompt)
+        yield Chunk(finish_reason=self.ends, prompt_tokens=told, completion_tokens=said, timings=Timings(decode_seconds=1.0))
 
 
 def messages(tab):
@@ -658,6 +660,17 @@ def test_what_the_server_says_against_alternatives_is_shown_where_they_would_sta
     voices.features = frozenset({"parallel"})
     tab.get_by_role("dialog").locator(".tgw-tokens .tgw-token").first.click()
     expect(tab.get_by_role("dialog").get_by_role("alert")).to_contain_text("does not tell probabilities")
+
+
+@pytest.mark.parametrize(("room", "why"), [(2, "because the context is full"), (3, "at the longest allowed length")])
+def test_why_a_reply_was_cut_off_is_told(seeded, voices, room, why):
+    tab = seeded
+    voices.ends, voices.prompt_tokens = "length", voices.context_length - room  # the reply has two tokens
+    ask(tab, "Question")
+    figures = reply(tab).locator("button.tgw-figures")
+    expect(figures).to_contain_text(f"ended {why}")
+    figures.click()
+    expect(tab.get_by_role("dialog").locator(".tgw-facts > div", has_text="Ended")).to_contain_text(why)
 
 
 def test_a_reply_of_ten_thousand_tokens_can_be_explained(seeded, voices):

@@ -1,6 +1,7 @@
 // How a reply was made: model, parameters, prompt, and its tokens with what might have stood in their places.
 import { ServerError, el, api, attempt, button, copyFrom, dialog, number, t } from './core.js';
 import { chat } from './chat.js';
+import { filled } from './message.js';
 
 /** Probabilities from which on a token is less and less surprising; what is below the last is level 5. Each about a third of the one before. */
 const LEVELS = [0.6, 0.25, 0.1, 0.03, 0.01];
@@ -50,7 +51,7 @@ function facts({ model, model_hash: hash, seed, parameters, adapters, stats: s, 
     [t('The prompt'), prompted != null && t('{count} tokens, {reused} of them reused', { count: number.format(prompted), reused: number.format(s.reused_tokens || 0) })],
     [t('First token after'), seconds(s.first_token_seconds)],
     [t('Waited'), s.queue_seconds >= 0.1 && seconds(s.queue_seconds, 1)],
-    [t('Ended'), { stop: t('by itself'), length: t('at the longest allowed length'), cancelled: t('it was stopped') }[s.finish_reason]],
+    [t('Ended'), { stop: t('by itself'), length: filled(s) ? t('because the context is full') : t('at the longest allowed length'), cancelled: t('it was stopped') }[s.finish_reason]],
     [t('Written'), created && new Date(created * 1000).toLocaleString()],
   ];
   return el('dl.tgw-facts', {}, ...lines.filter(([, value]) => value || value === 0).map(([name, value]) => el('div', {}, el('dt', { textContent: name }), el('dd', {}, value))));

@@ -31,10 +31,13 @@ const LONG = 3000;  // characters after which a user's message is folded
 /** The first letter of a name, whatever its alphabet. */
 function letter(name) { return ([...name.trim()][0] || '?').toLocaleUpperCase(); }
 
+/** Whether a reply and its prompt filled the context. */
+export function filled(stats) { return Boolean(stats.context_length && (stats.prompt_tokens || 0) + (stats.tokens || 0) >= stats.context_length); }
+
 /** Why a reply was cut off, if it was. */
 function ending(stats) {
   if (stats?.finish_reason !== 'length') return null;
-  return stats.context_length && stats.context_used >= stats.context_length ? t('ended because the context is full') : t('ended at the longest allowed length');
+  return filled(stats) ? t('ended because the context is full') : t('ended at the longest allowed length');
 }
 
 export class Message {

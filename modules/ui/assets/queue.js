@@ -31,7 +31,7 @@ export const queue = {
   write(change) {
     const kept = change([...this.stored, ...this.secret]);
     this.secret = kept.filter((each) => secret(each.conversation));
-    const saved = memory.set('tgw.queue', JSON.stringify(kept.filter((each) => !secret(each.conversation)).slice(-MOST)));
+    const saved = memory.set('tgw.queue', JSON.stringify(kept.filter((each) => !secret(each.conversation))));
     this.show();
     composer.refresh();
     return saved;
@@ -39,7 +39,7 @@ export const queue = {
 
   /** Whether it was taken. */
   add(text) {
-    if (this.here.length >= EACH || text.length > LONGEST) {
+    if (this.here.length >= EACH || this.stored.length >= MOST || text.length > LONGEST) {
       toast(t('No more can be queued now. Send it when the reply has ended.'));
       return false;
     }
