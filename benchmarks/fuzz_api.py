@@ -42,7 +42,8 @@ from modules.paths import UserData  # noqa: E402
 from modules.replies import TextPresenter  # noqa: E402
 from modules.store import Store  # noqa: E402
 
-WAIT = 20.0
+WAIT = 120.0
+"""Seconds for an answer: a request may ask for one token a second, and the model has 85."""
 MODEL = "model.echo"
 SAYS = '<think>hm</think> Hello <tool_call>{"name": "a", "arguments": {}}</tool_call> to you.'
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -33,7 +33,7 @@ def main() -> int:
         server = ApiServer(build_api(made, lambda: Hosts.build(False)), listener)
         server.start()
         environment = {**os.environ, "TGW_LANGCHAIN_URL": f"http://127.0.0.1:{listener.getsockname()[1]}/v1"}
-        command = [sys.executable, "-m", "pytest", SUITE, "-q", "--tb=no", "-rN", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", SUITE, "-q", "--tb=no", "-rN", "--reruns", "0", "-p", "no:cacheprovider"]
         ended = subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, env=environment, capture_output=True, text=True, check=False)
         print(ended.stdout.strip().splitlines()[-1])
         server.stop()

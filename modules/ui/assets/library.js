@@ -1,5 +1,5 @@
 // The files of the Parameters tab: presets, grammars, instruction templates. Gradio's controls call these and show what they answer.
-import { api, attempt, t, update } from './core.js';
+import { api, attempt, t, toast, update } from './core.js';
 import { session } from './session.js';
 
 const path = (kind, name) => `chat/${kind}/${encodeURIComponent(name)}`;
@@ -28,12 +28,14 @@ export const library = {
     if (!await attempt(() => api('PUT', path(kind, wanted), body))) return update();
     session.set(OPTION[kind], wanted);
     if (kind === 'templates') this.read = { name: wanted, text: body.text };
+    toast(t('Saved.'), 'done');
     return this.menu(kind, wanted);
   },
 
   /** Delete the file; the menu, and the buttons of `ask`. A shipped one of that name is there again; else none is in use. */
   async remove(kind, name) {
     if (!await attempt(() => api('DELETE', path(kind, name ?? '')))) return [update(), ...this.ask(false)];
+    toast(t('Deleted.'), 'done');
     const shown = await this.menu(kind, name);
     if (shown.value === '') session.set(OPTION[kind], '');
     return [shown, ...this.ask(false)];
