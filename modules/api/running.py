@@ -122,9 +122,16 @@ async def parts(app: App, jobs: Sequence[Job], answer: str = "") -> AsyncIterato
 
 
 def end_all() -> None:
-    """End the replies of this event loop with an error that says that the server ends, which their clients are still told."""
-    for queue in _post().queues:
-        queue.put_nowait(Busy("The server is shutting down. Send again when it is back.", retry_after=30))
+    """End what this event loop's clients wait for with an error that says that the server ends, which they are still told."""
+    post = _post()
+    if not post.ended.done():
+        post.ended.set_result(None)
+    for queue in post.queues:
+        queue.put_nowait(_ends())
+
+
+def _ends() -> Busy:
+    return Busy("The server is shutting down. Send again when it is back.", retry_after=30)
 
 
 class _Post:
@@ -136,6 +143,8 @@ class _Post:
         self._came: list[tuple[asyncio.Queue[Any], Any]] = []
         self.queues: set[asyncio.Queue[Any]] = set()
         """Those of replies that are being written. For the event loop's own thread."""
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Done when the server ends."""
 
     def put(self, queue: asyncio.Queue[Any], what: Any) -> None:
         """Put `what` into `queue`, from any thread."""
@@ -211,17 +220,18 @@ async def begun(stream: AsyncIterator[Part]) -> AsyncIterator[Part]:
 
 
 async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, and Gone raised, when the client goes away meanwhile."""
+    """What `work` returns; it is cancelled, and Gone raised, when the client goes away meanwhile, or Busy when the server ends."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    task, watch, ended = asyncio.ensure_future(work), asyncio.ensure_future(gone()), _post().ended
+    awaited: set[asyncio.Future[Any]] = {task, watch, ended}
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise _ends() if ended.done() else Gone
         return task.result()
     finally:
         for each in (task, watch):

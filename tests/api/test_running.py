@@ -106,6 +106,16 @@ def test_two_that_ask_while_an_idle_model_comes_back_are_both_answered(tmp_path,
         assert len(api.engine.loaded) == 2
 
 
+def test_who_waits_for_a_load_is_told_that_the_server_ends(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        with served(tmp_path, "--load-on-request") as api:
+            api.engine.go.clear()
+            body = {"messages": HELLO, "model": "other.fake"}
+            asked = [pool.submit(api.post, "/v1/chat/completions", body, 503) for _ in range(2)]
+            until(lambda: sum(map(_awaits, threading.enumerate())) == 2)
+        assert all("shutting down" in each.result(WAIT)["error"]["message"] for each in asked)
+
+
 class Embedding(FakeBackend):
     """Gives vectors when it is let."""
 
