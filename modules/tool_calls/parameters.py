@@ -52,6 +52,8 @@ def _kinds(schema: Any, root: Any, depth: int = 4) -> set[str]:
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(values, list):
         return {"null" if each is None else "string" if isinstance(each, str) else "any" for each in values}
+    if isinstance(parts := schema.get("allOf"), list):
+        return next((kinds for each in parts if (kinds := _kinds(each, root, depth - 1)) != {"any"}), {"any"})
     if isinstance(options := schema.get("anyOf", schema.get("oneOf")), list):
         return {kind for each in options for kind in _kinds(each, root, depth - 1)}
     where, _, what = str(schema.get("$ref", "")).rpartition("/")

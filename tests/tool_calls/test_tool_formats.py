@@ -252,6 +252,8 @@ CHOICE = {"$defs": {"Mode": {"enum": ["1", "2"]}}, "properties": {"a": {"$ref": 
         (OPTIONAL, "null", None),
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"const": "1"}, "1", "1"),
+        ({"allOf": [{"description": "x"}, {"type": "string"}]}, "1", "1"),
+        ({"allOf": [{}]}, "1", 1),
         ({"type": "integer"}, "1", 1),
         ({"type": ["string", "integer"]}, "1", 1),
         ({"enum": ["1", 1]}, "1", 1),
