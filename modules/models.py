@@ -605,8 +605,10 @@ class ModelSlot:
 
 def _fits(choice: Choice) -> bool | None:
     """Whether the model fits into the memory that is free now; None where that cannot be said."""
-    if choice.loader.elsewhere or not choice.loader.inspected:
-        return choice.loader.elsewhere or None
+    if choice.loader.elsewhere:
+        return True
+    if not choice.loader.inspected:
+        return None
     try:
         machine = memory.usable(choice.options, devices())
         card = inspect(choice.path)
